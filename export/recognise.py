@@ -1,0 +1,193 @@
+"""What the tensors of a checkpoint tell: where the network is in the file, its options, its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sr3rt.errors import CheckpointError
+from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet
+from sr3rt.export.training_config import TrainingConfig
+from sr3rt.schedule import NAMED, ScheduleSpec
+
+FIRST = "downs.0.weight"  # the tensor that a network of the public implementation is found by
+BUFFERS = frozenset(  # that implementation's diffusion, which lies beside the network
+    {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    }
+)
+SHOWN = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The network's own tensors, by the names it gives them; the β of training, if there; what was chosen, in words."""
+
+    tensors: dict[str, Tensor]
+    betas: Tensor | None
+    choices: tuple[str, ...]
+
+
+def locate(tensors: Mapping[str, Tensor], name: str) -> Found:
+    """Finds the network under whatever wraps it: `module.`, `model.`, `state_dict.`, `denoise_fn.`, a moving average.
+
+    Weights averaged over training ("ema" in the wrapper's name) are taken before the last ones. `name`: the file's, for errors.
+    Raises CheckpointError when there is no such network, or more than one of a kind.
+    """
+    prefixes = [key.removesuffix(FIRST) for key in tensors if key == FIRST or key.endswith("." + FIRST)]
+    if not prefixes:
+        with torch.device("meta"):
+            expected = JanspiryUNet(JanspiryConfig()).state_dict()
+        raise CheckpointError(
+            f"{name} is not a network known here. Of its {len(tensors)} tensors the first are {listed(tensors)}; a checkpoint of "
+            f"the public implementation has {listed(expected)}; a safetensors file of this program's own networks names its "
+            "architecture in its metadata"
+        )
+    averaged = [prefix for prefix in prefixes if "ema" in prefix.lower().replace(".", "_").split("_")]
+    wanted = averaged or prefixes
+    if len(wanted) > 1:
+        raise CheckpointError(
+            f"{name} holds several networks, under {quoted(wanted)}: save the tensors of one of them to a file of its own"
+        )
+    prefix = wanted[0]
+    choices = []
+    if len(prefixes) > 1:
+        others = [other for other in prefixes if other != prefix]
+        choices.append(f"weights: the moving average under {prefix!r}, not those under {quoted(others)}")
+    elif prefix not in ("", "denoise_fn."):
+        choices.append(f"weights: found under {prefix!r}")
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return Found({key: value for key, value in own.items() if key not in BUFFERS}, betas_near(tensors, prefix), tuple(choices))
+
+
+def quoted(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def betas_near(tensors: Mapping[str, Tensor], prefix: str) -> Tensor | None:
+    """The `betas` of the innermost wrapper around the network that has them, else the only ones in the file."""
+    parts = prefix.split(".")[:-1]
+    for depth in range(len(parts), -1, -1):
+        key = ".".join([*parts[:depth], "betas"])
+        if key in tensors:
+            return tensors[key]
+    elsewhere = [value for key, value in tensors.items() if key.endswith(".betas")]
+    return elsewhere[0] if len(elsewhere) == 1 else None
+
+
+def listed(tensors: Mapping[str, Tensor]) -> str:
+    """The first ten names with their shapes."""
+    shown = [f"{key} {tuple(value.shape)}" for key, value in list(tensors.items())[:SHOWN]]
+    return ", ".join(shown) + (" …" if len(tensors) > SHOWN else "")
+
+
+def options_of(tensors: Mapping[str, Tensor], name: str, norm_groups: int) -> JanspiryConfig:
+    """The options that the tensors' names and shapes tell. What does not fit together is left for `check_keys` to name.
+
+    Raises CheckpointError for networks that are not conditioned on a picture.
+    """
+
+    def size(key: str, axis: int) -> int:
+        value = tensors.get(key)
+        if value is None or value.ndim != 4:
+            raise CheckpointError(f"{name} lacks a convolution {key}: it has {listed(tensors)}")
+        return int(value.shape[axis])
+
+    inner, in_channels = size(FIRST, 0), size(FIRST, 1)
+    channels = size("final_conv.block.3.weight", 0)
+    if in_channels != 2 * channels:
+        raise CheckpointError(
+            f"{name} takes {in_channels} channels and returns {channels}; super-resolution takes twice as many as it returns, "
+            "condition and state. A network without a condition cannot be used"
+        )
+    widths, counts, attention = [inner], [0], set()
+    for i in range(1, sum(key.startswith("downs.") for key in tensors)):
+        if f"downs.{i}.conv.weight" in tensors:
+            widths.append(widths[-1])
+            counts.append(0)
+        elif f"downs.{i}.res_block.block2.block.3.weight" in tensors:
+            widths[-1] = size(f"downs.{i}.res_block.block2.block.3.weight", 0)
+            counts[-1] += 1
+            if f"downs.{i}.attn.qkv.weight" in tensors:
+                attention.add(len(widths) - 1)
+    if any(width % inner for width in widths):
+        raise CheckpointError(f"{name} has levels {widths} channels wide, which should be multiples of the first convolution's {inner}")
+    return JanspiryConfig(
+        variant="ddpm" if any(key.startswith("time_mlp.") for key in tensors) else "sr3",
+        channels=channels,
+        inner=inner,
+        multipliers=tuple(width // inner for width in widths),
+        blocks=max(1, counts[0]),
+        attention=tuple(sorted(attention)),
+        norm_groups=norm_groups,
+    )
+
+
+def check_keys(net: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises CheckpointError that lists the first ten missing, unexpected and mis-shaped tensors, if any."""
+    wanted: dict[str, Tensor] = net.state_dict()
+    missing = {key: value for key, value in wanted.items() if key not in tensors}
+    unexpected = {key: value for key, value in tensors.items() if key not in wanted}
+    common = [key for key in wanted if key in tensors]
+    shapes = [f"{k} {tuple(tensors[k].shape)} not {tuple(wanted[k].shape)}" for k in common if tensors[k].shape != wanted[k].shape]
+    problems = [f"{len(part)} {word}: {listed(part)}" for word, part in (("missing", missing), ("unexpected", unexpected)) if part]
+    if shapes:
+        problems.append(f"{len(shapes)} of another shape: {', '.join(shapes[:SHOWN])}{' …' if len(shapes) > SHOWN else ''}")
+    if problems:
+        raise CheckpointError(f"{name} does not fit the network that its first tensors tell of ({net.config}): {'; '.join(problems)}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises CheckpointError for the first tensor with a NaN or infinite value, or of a type that weights do not have."""
+    for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{name}: the tensor {key} is {value.dtype}, expected floating point; quantised weights cannot be used")
+        bad = value.numel() - int(torch.isfinite(value).sum())
+        if bad:
+            raise CheckpointError(
+                f"{name}: the tensor {key} has {bad} NaN or infinite values of {value.numel()}: the training diverged or the "
+                "file is damaged"
+            )
+
+
+def conflicts(config: TrainingConfig, found: JanspiryConfig) -> list[str]:
+    """Where the config and the tensors disagree, with both values, in the config's own names."""
+    pairs = {
+        "which_model_G": (config.variant, found.variant),
+        "in_channel": (config.in_channels, 2 * found.channels),
+        "out_channel": (config.channels, found.channels),
+        "inner_channel": (config.inner, found.inner),
+        "channel_multiplier": (config.multipliers, found.multipliers),
+        "res_blocks": (config.blocks, found.blocks),
+        "levels with attention (attn_res)": (config.attention, found.attention),
+    }
+    return [f"{key}: {said} in the config, {told} in the tensors" for key, (said, told) in pairs.items() if said != told]
+
+
+def schedule_of(betas: Tensor) -> ScheduleSpec | None:
+    """The named schedule that float32 `betas` (T,) were made by; None if no known one makes them.
+
+    Its ends are read back as the shortest decimals that round to the float32 ends, so 1e-06 and 0.01 come out exactly.
+    """
+    rounded: NDArray[np.float32] = betas.to(torch.float32).numpy()
+    start, end = float(str(rounded[0])), float(str(rounded[-1]))
+    for kind, make in NAMED.items():
+        if np.allclose(make(len(rounded), start, end), rounded, rtol=3e-7, atol=0):
+            return ScheduleSpec(kind, len(rounded), start, end)
+    return None

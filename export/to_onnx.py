@@ -1,0 +1,197 @@
+"""Checkpoint -> bundle: `python export/to_onnx.py CKPT [-o BUNDLE]`, or `sr3rt export`.
+
+The network becomes an ONNX graph (opset 21; inputs x, y, level; output out; float32; batch, height and width free), is compared with
+the checkpoint's own on the same noise, and is written with its manifest as one directory that is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from cyclopts import App, Parameter
+from torch import nn
+
+from sr3rt import __version__, backends
+from sr3rt.backends.onnxruntime import NETWORK
+from sr3rt.backends.torch import TorchNetwork
+from sr3rt.bundle import (
+    Bundle,
+    Consistency,
+    Defaults,
+    Manifest,
+    check_target,
+    write_manifest,
+    writing,
+)
+from sr3rt.export import checkpoint as checkpoints
+from sr3rt.export import footprint, parity
+from sr3rt.samplers import Sampler
+from sr3rt.schedule import ScheduleSpec
+
+OPSET = 21
+EXTERNAL = 1_500_000_000  # bytes of weights from which they go into a file of their own (an ONNX file ends at 2 GB)
+
+Progress = Callable[[str], None]
+
+
+def export(
+    ckpt: Path,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    config: Path | None = None,
+    norm_groups: int | None = None,
+    image_size: int | None = None,
+    scale: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    consistency: Consistency = "off",
+    name: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Turn a trained checkpoint into a verified bundle.
+
+    Parameters
+    ----------
+    ckpt
+        .pth, .pt, .ckpt or .safetensors with the network's weights.
+    output
+        The bundle, a directory to make; CKPT with the suffix .sr3 when not given.
+    config
+        The JSON that the network was trained with (the public implementation's; // comments are fine).
+    norm_groups
+        Groups of the network's GroupNorm layers, which no checkpoint holds; from the config when not given.
+    image_size
+        Side of the pictures it was trained on, in pixels; from the config when not given.
+    scale
+        Magnification; from the config when not given.
+    steps
+        Steps that the bundle uses by default; the config's, else 100.
+    sampler
+        Sampler that the bundle uses by default: sr3, posterior, ddim, ddim(ETA) or dpm++2m; the one it was trained for when not given.
+    consistency
+        Correct colours by default so that the result agrees with the input: off (the reference's behaviour), final or every.
+    name
+        The bundle's name; the file's when not given.
+    overwrite
+        Replace the output when it is a bundle.
+    """
+    target = output or ckpt.with_suffix(".sr3")
+    check_target(target.absolute(), overwrite=overwrite)
+    with _progress() as progress:
+        progress(f"reading {ckpt.name}")
+        read = checkpoints.read(ckpt, config=config, norm_groups=norm_groups, image_size=image_size, scale=scale, on_progress=progress)
+        manifest = _manifest(read, name or ckpt.stem, steps, sampler, consistency)
+        with writing(target, overwrite=overwrite) as folder:
+            progress("tracing the network")
+            write_onnx(read.net, folder / NETWORK)
+            write_manifest(folder, manifest)
+            bundle = Bundle.open(folder)
+            network = backends.load(bundle, backends.Request("onnxruntime"))
+            figures = parity.measure(TorchNetwork(read.net), network, manifest, progress=progress)
+            del network
+            progress("measuring memory")
+            side = 2 * manifest.stride * max(1, 64 // manifest.stride)
+            manifest = replace(
+                manifest,
+                parity=figures,
+                bytes_per_pixel=footprint.bytes_per_pixel(folder, side),
+                attention_stride=footprint.attention_stride(read.net, side),
+            )
+            (folder / "sr3.json").unlink()
+            write_manifest(folder, manifest)
+    return target
+
+
+def write_onnx(net: nn.Module, path: Path) -> None:
+    """`net(x, y, level)` as an ONNX file with free batch, height and width. Weights over 1.5 GB go to `path` + ".data"."""
+    stride, channels = net.config.stride, net.config.channels  # type: ignore[union-attr]
+    side = int(2 * stride)  # type: ignore[operator]
+    x, y = (torch.randn(2, int(channels), side, 2 * side) for _ in range(2))  # type: ignore[arg-type]
+    picture = {0: "batch", 2: "height", 3: "width"}
+    # the exporter prints to stdout and logs what torchvision operators it lacks
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            net.eval(),
+            (x, y, torch.rand(2, 1)),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["x", "y", "level"],
+            output_names=["out"],
+            dynamic_shapes=(picture, picture, {0: "batch"}),
+        )
+    assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with paths of the machine that exported
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    program.save(path, external_data=weights > EXTERNAL)
+
+
+def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sampler: str | None, consistency: Consistency) -> Manifest:
+    inference = read.inference
+    spec = None if inference in (None, read.trained) else inference
+    chosen = Sampler.parse(sampler or ("sr3" if read.variance == "paper" else "posterior"))
+    count = steps or (inference.steps if inference else min(100, len(read.gammas)))
+    return Manifest(
+        name=name,
+        architecture=read.architecture,
+        parameters=sum(p.numel() for p in read.net.parameters()),
+        channels=read.channels,
+        scale=read.scale,
+        stride=int(read.net.config.stride),
+        prediction=read.prediction,
+        level=read.level,
+        trained=read.trained or ScheduleSpec("gammas", gammas=tuple(read.gammas.tolist())),
+        defaults=Defaults(count, str(chosen), consistency, None if steps else spec),
+        source={"checkpoint_sha256": read.sha256, "assumptions": list(read.assumptions), "exporter": f"sr3rt {__version__}"},
+    )
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A line that says what is going on; on a terminal it moves."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+
+        def progress(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                console.print(text)
+
+        yield progress
+
+
+def main() -> None:
+    """Command line of this file."""
+    from sr3rt.cli import run_command
+
+    app = App(name="to_onnx", help=__doc__, version=__version__)
+    app.default(export)
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

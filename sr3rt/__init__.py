@@ -1,0 +1,65 @@
+"""sr3rt runs trained SR3 super-resolution models (arXiv 2104.07636) in production, without torch.
+
+    import sr3rt
+    sr3rt.upscale("small.png").save("large.png")        # with the small model that ships
+
+    up = sr3rt.load("bundle/")                          # your own, exported with  sr3rt export ckpt.pth
+    large = up.upscale(image, steps=25, seed=7)
+
+Nothing heavy is imported until it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sr3rt.errors import (
+    BackendError,
+    BundleCorrupt,
+    BundleError,
+    BundleIncompatible,
+    BundleNotFound,
+    Cancelled,
+    CheckpointError,
+    ImageError,
+    ImageTooLarge,
+    MissingExtra,
+    NonFiniteError,
+    OptionError,
+    ParityError,
+    SR3Error,
+)
+
+if TYPE_CHECKING:
+    from sr3rt.upscaler import Result, Upscaler, load, upscale
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BundleCorrupt",
+    "BundleError",
+    "BundleIncompatible",
+    "BundleNotFound",
+    "Cancelled",
+    "CheckpointError",
+    "ImageError",
+    "ImageTooLarge",
+    "MissingExtra",
+    "NonFiniteError",
+    "OptionError",
+    "ParityError",
+    "Result",
+    "SR3Error",
+    "Upscaler",
+    "load",
+    "upscale",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Result", "Upscaler", "load", "upscale"):
+        from sr3rt import upscaler
+
+        return getattr(upscaler, name)
+    raise AttributeError(f"module 'sr3rt' has no attribute {name!r}")

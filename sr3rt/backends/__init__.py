@@ -1,0 +1,81 @@
+"""Backends: what runs the network. Each is asked for by name, or chosen by "auto" in the order of `ORDER`.
+
+A backend gives a `Network`; the loop (`sr3rt.engine`) knows nothing else of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sr3rt.bundle import Bundle
+from sr3rt.errors import BackendError, OptionError
+
+Floats = NDArray[np.float32]
+
+
+class Network(Protocol):
+    """A loaded network. Immutable and safe to use from several threads; all state is in the arrays that are bound."""
+
+    backend: str
+    device: str
+    precision: str
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        """A call that runs the network from x, y (N, C, H, W) and level (N, 1) into out (N, C, H, W), all float32, C-contiguous.
+
+        The arrays stay the caller's: each call reads what they hold then.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; "auto" leaves it to the backend. `threads` 0: all that this process may use."""
+
+    backend: str = "auto"
+    precision: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+
+    @property
+    def thread_count(self) -> int:
+        """Threads to use: as asked, or one for each core that this process may run on."""
+        affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+        return self.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+MODULES = {"onnxruntime": "sr3rt.backends.onnxruntime"}
+"""Each module has `load(bundle, request) -> Network` and `why_not() -> str | None`, which says why it cannot run here."""
+
+ORDER = ("onnxruntime",)
+"""What "auto" tries, best first."""
+
+
+def why_not(name: str) -> str | None:
+    """Why backend `name` cannot run here, or None when it can."""
+    reason: str | None = importlib.import_module(MODULES[name]).why_not()
+    return reason
+
+
+def load(bundle: Bundle, request: Request) -> Network:
+    """The network of `bundle` on the backend asked for. Raises OptionError, BackendError, MissingExtra or BundleCorrupt."""
+    if request.backend not in ("auto", *MODULES):
+        raise OptionError(f"unknown backend {request.backend!r}: expected auto, {', '.join(MODULES)}")
+    if request.threads < 0:
+        raise OptionError(f"threads must be 0 (all) or more, found {request.threads}")
+    if request.backend != "auto":
+        network: Network = importlib.import_module(MODULES[request.backend]).load(bundle, request)
+        return network
+    reasons = {name: why_not(name) for name in ORDER}
+    for name, reason in reasons.items():
+        if reason is None:
+            chosen: Network = importlib.import_module(MODULES[name]).load(bundle, request)
+            return chosen
+    raise BackendError("no backend can run here: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -1,0 +1,73 @@
+"""onnxruntime on the CPU: inputs and output bound to the loop's own arrays, so that a step copies nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sr3rt.backends import Floats, Request
+from sr3rt.bundle import Bundle
+from sr3rt.errors import BackendError, MissingExtra
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NETWORK, WEIGHTS = "network.onnx", "network.onnx.data"
+
+
+def why_not() -> str | None:
+    """Why this backend cannot run here, or None when it can."""
+    return None if find_spec("onnxruntime") else str(MissingExtra("the onnxruntime backend", "onnxruntime", "cpu"))
+
+
+def load(bundle: Bundle, request: Request) -> OrtNetwork:
+    """Raises MissingExtra, BackendError (precision or device that it does not have) or BundleCorrupt."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise MissingExtra("the onnxruntime backend", "onnxruntime", "cpu") from None
+    if request.precision not in ("auto", "fp32"):
+        raise BackendError(f"the onnxruntime backend computes in fp32, precision {request.precision!r} was asked for: use auto or fp32")
+    if request.device not in ("auto", "cpu"):
+        raise BackendError(f"the onnxruntime backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = request.thread_count
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if WEIGHTS in bundle.manifest.files:
+        weights = bundle.read(WEIGHTS)
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+    model = bundle.read(NETWORK)
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise BackendError(f"onnxruntime {onnxruntime.__version__} cannot load {bundle.path / NETWORK}: {error}") from error
+    return OrtNetwork(session)
+
+
+class OrtNetwork:
+    """A `Network` over one session. Sessions are thread-safe; each binding is its own."""
+
+    backend, device, precision = "onnxruntime", "cpu", "fp32"
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        """As `Network.bind`. The arrays' memory is bound, not copied."""
+        binding = self._session.io_binding()
+        for name, array in (("x", x), ("y", y), ("level", level)):
+            binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        binding.bind_output("out", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        arrays = (x, y, level, out)  # the binding holds only addresses
+
+        def run() -> None:
+            assert arrays
+            self._session.run_with_iobinding(binding)
+
+        return run

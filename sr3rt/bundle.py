@@ -1,0 +1,222 @@
+"""A bundle: a directory that holds a network and everything needed to run it, and proves itself.
+
+    bundle/
+      sr3.json             the manifest: what the network is, how it was trained, what it was measured at, SHA-256 of every other file
+      network.onnx         inputs x, y (B, C, H, W) and level (B, 1), output out (B, C, H, W), all float32
+      network.onnx.data    weights beyond ONNX's 2 GB limit, where there are any
+
+`sr3.json` is UTF-8 JSON whose own `sha256` field is the digest of the file's bytes with that field filled with 64 zeros. A name in
+`files` is a plain file name: no folder, no link, nothing in the directory that is not listed. Files are handed out as the bytes
+whose hash was checked. A bundle is written to a folder beside its target, synced, and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sr3rt.errors import BundleCorrupt, BundleIncompatible, BundleNotFound, OptionError
+from sr3rt.samplers import Level, Prediction, Sampler
+from sr3rt.schedule import ScheduleSpec
+
+FORMAT = 1
+MANIFEST = "sr3.json"
+Consistency = Literal["off", "final", "every"]
+_ZEROS = "0" * 64
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a run uses when it is told nothing. `schedule` None: the trained one respaced to `steps`."""
+
+    steps: int
+    sampler: str
+    consistency: Consistency = "off"
+    schedule: ScheduleSpec | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of sr3.json.
+
+    `bytes_per_pixel`: memory the network was seen to use for each output pixel. `attention_stride`: how much coarser than the output
+    its finest self-attention works, 0 for none. `parity`, `source` and `files` are maps that the exporter fills and readers may show.
+    """
+
+    name: str
+    architecture: str
+    parameters: int
+    channels: int
+    scale: int
+    stride: int
+    prediction: Prediction
+    level: Level
+    trained: ScheduleSpec
+    defaults: Defaults
+    bytes_per_pixel: int = 0
+    attention_stride: int = 0
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+class Bundle:
+    """An opened bundle: `manifest` was checked, `read` checks each file before it hands it out. Immutable."""
+
+    def __init__(self, path: Path, manifest: Manifest, sha256: str) -> None:
+        self.path, self.manifest, self.sha256 = path, manifest, sha256
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and check the manifest and the directory's names; file contents are checked when they are read.
+
+        Raises BundleNotFound, BundleCorrupt or BundleIncompatible.
+        """
+        folder = Path(path)
+        if not (folder / MANIFEST).is_file():
+            found = "a file" if folder.is_file() else "a folder without sr3.json" if folder.is_dir() else "nothing"
+            hint = "; make one from a checkpoint with  sr3rt export" if folder.is_file() else ""
+            raise BundleNotFound(f"no bundle at {folder}: found {found}, expected a folder with sr3.json{hint}")
+        manifest, digest = _parse(_read_plain(folder, MANIFEST), folder)
+        listed = {MANIFEST, *manifest.files}
+        unlisted = sorted(entry.name for entry in folder.iterdir() if entry.name not in listed)
+        if unlisted:
+            raise BundleCorrupt(f"{folder} holds {unlisted[0]!r}, which sr3.json does not list: remove it, or export the bundle again")
+        return cls(folder, manifest, digest)
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes, whose SHA-256 is the one in the manifest. Raises BundleCorrupt."""
+        expected = self.manifest.files.get(name)
+        if expected is None:
+            raise BundleCorrupt(f"{self.path} lists no {name!r}: it has {', '.join(sorted(self.manifest.files)) or 'no files'}")
+        data = _read_plain(self.path, name)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != expected["sha256"]:
+            raise BundleCorrupt(
+                f"{self.path / name} is damaged: its SHA-256 is {digest[:16]}…, sr3.json says {expected['sha256'][:16]}…. "
+                "Copy the bundle again, or export it again"
+            )
+        return data
+
+    def verify(self) -> None:
+        """Read and check every file. Raises BundleCorrupt."""
+        for name in self.manifest.files:
+            self.read(name)
+
+
+@contextmanager
+def writing(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes it when the block ends, and vanishes when the block fails.
+
+    Raises OptionError when the target exists and `overwrite` is not set, or is not a bundle.
+    """
+    final = Path(target).absolute()
+    check_target(final, overwrite=overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        for path in (*folder.iterdir(), folder):
+            _sync(path)
+        if final.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+            os.rename(final, old / final.name)
+            os.rename(folder, final)
+            shutil.rmtree(old)
+        else:
+            os.rename(folder, final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raises OptionError when a bundle cannot be written to `target`: it exists, or is something that is not a bundle."""
+    if target.exists() and not overwrite:
+        raise OptionError(f"{target} exists: choose another name, or overwrite it with --overwrite")
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise OptionError(f"{target} is not a bundle (it has no sr3.json) and will not be replaced: choose another name")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Hash every file in `folder` into `manifest.files` and write sr3.json there."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as stream:
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    text = json.dumps({**asdict(manifest), "files": files, "sha256": _ZEROS}, indent=1, ensure_ascii=False, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(text.replace(_ZEROS, digest), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_plain(folder: Path, name: str) -> bytes:
+    if not _NAME.fullmatch(name):
+        raise BundleCorrupt(f"{folder}/sr3.json names {name!r}: expected a plain file name of letters, digits, '.', '_' and '-'")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise BundleCorrupt(f"{path} is {'a symbolic link' if path.is_symlink() else 'missing'}: expected a plain file")
+    return path.read_bytes()
+
+
+def _parse(data: bytes, folder: Path) -> tuple[Manifest, str]:
+    where = folder / MANIFEST
+    try:
+        content = json.loads(data)
+        version, digest = content["format"], content["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleCorrupt(f"{where} is not a manifest ({error}): copy the bundle again, or export it again") from None
+    if isinstance(version, int) and version > FORMAT:
+        raise BundleIncompatible(f"{where} has format {version}, this sr3rt reads up to {FORMAT}: upgrade sr3rt")
+    if not isinstance(digest, str) or hashlib.sha256(data.replace(digest.encode(), _ZEROS.encode())).hexdigest() != digest:
+        raise BundleCorrupt(f"{where} is damaged: its contents do not have the SHA-256 that it states. Copy the bundle again")
+    del content["sha256"]
+    try:
+        manifest = _manifest(content)
+        Sampler.parse(manifest.defaults.sampler)
+        manifest.trained.schedule()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise BundleCorrupt(f"{where} is not a manifest of format {FORMAT}: {error}") from None
+    return manifest, digest
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    def spec(value: dict[str, Any]) -> ScheduleSpec:
+        return ScheduleSpec(**{**value, "gammas": tuple(value["gammas"])})
+
+    defaults = content["defaults"]
+    run = Defaults(**{**defaults, "schedule": defaults["schedule"] and spec(defaults["schedule"])})
+    manifest = Manifest(**{**content, "trained": spec(content["trained"]), "defaults": run})
+    for name, allowed in (("prediction", Prediction), ("level", Level)):
+        if getattr(manifest, name) not in get_args(allowed):
+            raise ValueError(f"{name} is {getattr(manifest, name)!r}, expected one of {', '.join(get_args(allowed))}")
+    if run.consistency not in get_args(Consistency):
+        raise ValueError(f"consistency is {run.consistency!r}, expected one of {', '.join(get_args(Consistency))}")
+    for item in fields(manifest):
+        if item.type == "int" and (type(getattr(manifest, item.name)) is not int or getattr(manifest, item.name) < 0):
+            raise ValueError(f"{item.name} is {getattr(manifest, item.name)!r}, expected a whole number")
+    if not (manifest.channels and manifest.scale and manifest.stride):
+        raise ValueError("channels, scale and stride must be at least 1")
+    for name, entry in manifest.files.items():
+        if not _NAME.fullmatch(name) or not re.fullmatch(r"[0-9a-f]{64}", str(entry["sha256"])):
+            raise ValueError(f"files lists {name!r} with SHA-256 {entry['sha256']!r}")
+    return manifest

@@ -1,0 +1,205 @@
+"""The command line: `sr3rt upscale | info | doctor | export`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.markup import escape
+
+from sr3rt import __version__
+from sr3rt.bundle import Consistency
+from sr3rt.errors import MissingExtra, OptionError, SR3Error
+
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+
+app = App(name="sr3rt", help="Runs trained SR3 super-resolution models, without torch.", version=__version__)
+app.command("sr3rt.export.to_onnx:export", name="export")
+
+errors = Console(stderr=True)
+
+
+@app.command
+def upscale(
+    *,
+    input: Annotated[Path, Parameter(name=["--input", "-i"])],
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    model: Annotated[Path | None, Parameter(name=["--model", "-m"])] = None,
+    steps: Annotated[int | None, Parameter(name=["--steps", "-n"])] = None,
+    sampler: str | None = None,
+    seed: int | None = None,
+    consistency: Consistency | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    overwrite: bool = False,
+    compare: bool = False,
+    provenance: bool = True,
+) -> int:
+    """Upscale a picture, or every picture of a folder.
+
+    A picture that cannot be read is reported and the others go on; the exit status is then 1. Outputs appear whole or not at all.
+
+    Parameters
+    ----------
+    input
+        A picture, or a folder of them.
+    output
+        The picture to write, whose suffix says the format; or a folder, where results become NAME.png.
+    model
+        A bundle; the small 4× model for photographs that ships when not given.
+    steps
+        Refinement steps; more are slower. The bundle's own number when not given.
+    sampler
+        sr3, posterior, ddim, ddim(ETA) or dpm++2m; the bundle's own when not given.
+    seed
+        A seed makes the result repeatable; drawn at random for each picture when not given.
+    consistency
+        Make the result agree with the input: off, final or every; the bundle's own when not given.
+    backend
+        auto or onnxruntime.
+    precision
+        auto or fp32.
+    device
+        auto or cpu.
+    threads
+        0: one for each core that this process may use.
+    overwrite
+        Replace outputs that exist; they are skipped otherwise.
+    compare
+        Also write NAME-compare.png: input, bicubic and result side by side.
+    provenance
+        Note bundle, seed, steps and sampler in the output's metadata; --no-provenance leaves them out.
+    """
+    from sr3rt.upscaler import load
+
+    work = _work(input, output)
+    todo = [(source, target) for source, target in work if overwrite or not target.exists()]
+    if len(todo) < len(work):
+        errors.print(f"{len(work) - len(todo)} of {len(work)} outputs exist and are skipped (--overwrite replaces them)")
+    if not todo:
+        return 0
+    upscaler = load(model, backend=backend, precision=precision, device=device, threads=threads)
+    failed = 0
+    with _bar(len(todo)) as start:
+        for source, target in todo:
+            try:
+                (result,) = upscaler.run(
+                    source, steps=steps, sampler=sampler, seed=seed, consistency=consistency, on_step=start(source.name)
+                )
+                _write(source, target, result.image, result.provenance if provenance else None, compare=compare)
+            except (SR3Error, OSError) as error:
+                if isinstance(error, OptionError):
+                    raise
+                failed += 1
+                _complain(f"{source}: {error}")
+                continue
+            if errors.is_terminal:
+                errors.print(f"{escape(str(target))}  [dim]seed {result.seed}[/dim]")
+    if failed and len(todo) > 1:
+        _complain(f"{failed} of {len(todo)} pictures failed")
+    return 1 if failed else 0
+
+
+@app.command
+def info(bundle: Path | None = None, /) -> None:
+    """Show what a bundle is, how it was measured, and check every file's hash.
+
+    Parameters
+    ----------
+    bundle
+        The bundle; the one that ships when not given.
+    """
+    from sr3rt.report import describe
+    from sr3rt.upscaler import SHIPPED
+
+    Console().print(describe(bundle or SHIPPED))
+
+
+@app.command
+def doctor() -> int:
+    """Say what is installed, which backends work here, and why the others do not."""
+    from sr3rt.report import examine
+
+    table, healthy = examine()
+    Console().print(table)
+    return 0 if healthy else 1
+
+
+def run_command(command: App, arguments: list[str] | None = None) -> None:
+    """Run a command line and exit: 0, 1 for an error that is printed in one line, 2 for wrong usage, 130 when interrupted."""
+    try:
+        status = command(arguments, exit_on_error=True, result_action="return_value")
+    except SR3Error as error:
+        _complain(str(error))
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in EXPORT_PACKAGES:
+            raise
+        _complain(str(MissingExtra("export", error.name, "cpu,export")))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def main() -> None:
+    """Entry point of the `sr3rt` command."""
+    run_command(app)
+
+
+def _complain(text: str) -> None:
+    errors.print(f"[red]sr3rt:[/red] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _work(source: Path, output: Path) -> list[tuple[Path, Path]]:
+    """Pairs of picture and target. Two pictures of a folder that differ only by suffix keep theirs: a.jpg.png."""
+    if not source.exists():
+        raise OptionError(f"there is no {source}: give -i a picture or a folder of pictures")
+    if source.is_file():
+        return [(source, output / f"{source.stem}.png" if output.is_dir() else output)]
+    pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not pictures:
+        raise OptionError(f"{source} holds no pictures: expected files ending in {', '.join(SUFFIXES)}")
+    if output.exists() and not output.is_dir():
+        raise OptionError(f"{source} is a folder and {output} is a file: give -o a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    stems = [path.stem for path in pictures]
+    return [(p, output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png") for p in pictures]
+
+
+def _write(source: Path, target: Path, image: object, provenance: dict[str, str] | None, *, compare: bool) -> None:
+    from PIL import Image
+
+    from sr3rt.saving import save
+
+    assert isinstance(image, Image.Image)
+    save(image, target, provenance=provenance)
+    if compare:
+        from sr3rt.report import side_by_side
+
+        save(side_by_side(source, image), target.with_name(f"{target.stem}-compare.png"))
+
+
+@contextmanager
+def _bar(files: int) -> Iterator[Callable[[str], Callable[[int, int, object], None]]]:
+    """Progress with steps and time left, on a terminal; nothing elsewhere. Gives a function that makes a picture's `on_step`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        count = iter(range(1, files + 1))
+
+        def start(name: str) -> Callable[[int, int, object], None]:
+            progress.reset(task, description=f"{name} ({next(count)}/{files})" if files > 1 else name)
+            return lambda step, steps, preview: progress.update(task, completed=step, total=steps)
+
+        yield start

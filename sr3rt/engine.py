@@ -1,0 +1,167 @@
+"""The loop. An engine holds slots of one size; a step advances every busy slot by one row of its own table.
+
+Pictures of a batch, and requests that join and leave between steps, are the same thing here: a `Job` in a slot. Busy slots are kept
+at the front of the arrays, so the network runs on exactly the first n; a job's result does not depend on its slot or neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sr3rt import _native
+from sr3rt.backends import Floats, Network
+from sr3rt.bundle import Consistency
+from sr3rt.consistency import Projection
+from sr3rt.errors import NonFiniteError, OptionError
+from sr3rt.noise import START
+from sr3rt.samplers import LEVEL, Table
+
+Noise = Callable[[int], Floats]
+"""`noise(step)` gives z (C, H, W) float32 of a step, counted from 0 in execution order; of y_T for `step` = START."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One picture to refine.
+
+    x: condition, float32 (C, H, W) in [-1, 1]. table: a run (`sr3rt.samplers.table`). seed: 0 … 2**64−1, of the Philox noise;
+    `noise` replaces it (a replay of recorded noise). consistency "final" or "every" projects with `lr`, the low-resolution picture,
+    float32 (C, h, w) in [-1, 1]; where x is padded at the bottom and right, `lr` is not, and the padding is left as it is.
+    """
+
+    x: Floats
+    table: Table
+    seed: int
+    noise: Noise | None = None
+    consistency: Consistency = "off"
+    lr: Floats | None = None
+    projection: Projection | None = None
+
+    def project(self, x0: Floats) -> Floats:
+        """x0 (C, H, W) made to agree with the input, within [-1, 1]."""
+        if self.lr is None or self.projection is None:
+            raise OptionError("a job with consistency needs `lr` and `projection`")
+        height, width = self.projection.size
+        result = x0.copy()
+        result[:, :height, :width] = np.clip(self.projection.project(x0[:, :height, :width], self.lr), -1, 1)
+        return result
+
+
+@dataclass(eq=False)
+class _Slot:
+    job: Job
+    row: int = 0
+
+
+class Engine:
+    """`capacity` slots of (channels, height, width). Not thread-safe: an engine belongs to one caller; networks are shared.
+
+    Usage: `join` jobs (at any time between steps), call `step` until `busy` is 0; a job that finished is in what `step` returns.
+    """
+
+    def __init__(self, network: Network, *, capacity: int, channels: int, height: int, width: int, threads: int = 1) -> None:
+        shape = (capacity, channels, height, width)
+        self._network, self._threads = network, threads
+        self._x, self._y, self._out, self._x0 = (np.zeros(shape, np.float32) for _ in range(4))
+        self._x0_new: Floats | None = None  # only consistency "every" needs it
+        self._levels = np.zeros((capacity, 1), np.float32)
+        self._runs: dict[int, Callable[[], None]] = {}
+        self._slots: list[_Slot] = []
+
+    @property
+    def busy(self) -> int:
+        """Jobs in flight."""
+        return len(self._slots)
+
+    @property
+    def free(self) -> int:
+        """Jobs that can still join."""
+        return len(self._x) - len(self._slots)
+
+    def join(self, job: Job) -> None:
+        """Put a job into a free slot; it takes part from the next step on. Raises OptionError when it does not fit."""
+        if not self.free:
+            raise OptionError(f"all {len(self._x)} slots are busy: step until one is free, or make a larger engine")
+        if job.x.shape != self._x.shape[1:] or not len(job.table):
+            raise OptionError(f"the engine takes x of {self._x.shape[1:]} and a table with rows, found {job.x.shape} and {len(job.table)}")
+        n = self.busy
+        self._x[n] = job.x
+        self._x0[n] = 0
+        if job.noise is not None:
+            self._y[n] = job.noise(START)
+        else:
+            one = slice(n, n + 1)
+            _native.normals(self._y[one], np.array([job.seed], np.uint64), np.array([START], np.uint32), threads=self._threads)
+        self._slots.append(_Slot(job))
+
+    def leave(self, job: Job) -> None:
+        """Take a job out, finished or not. Raises OptionError when it is not here."""
+        n = next((i for i, slot in enumerate(self._slots) if slot.job is job), None)
+        if n is None:
+            raise OptionError("that job is not in this engine")
+        last = self.busy - 1
+        if n != last:
+            for array in (self._x, self._y, self._x0):
+                array[n] = array[last]
+            self._slots[n] = self._slots[last]
+        self._slots.pop()
+
+    def prediction(self, job: Job) -> Floats:
+        """A copy of the job's latest predicted picture x0, float32 (C, H, W) in [-1, 1]."""
+        return next(self._x0[i].copy() for i, slot in enumerate(self._slots) if slot.job is job)
+
+    def step(self) -> list[tuple[Job, Floats]]:
+        """Advance every busy slot by one row. Returns the jobs that finished, with their pictures, float32 (C, H, W) in [-1, 1].
+
+        Raises NonFiniteError, naming the step, when the network or the state is no longer finite; the engine is then not usable.
+        """
+        n = self.busy
+        if not n:
+            return []
+        rows = np.stack([slot.job.table[slot.row] for slot in self._slots])
+        self._levels[:n, 0] = rows[:, LEVEL]
+        if n not in self._runs:
+            self._runs[n] = self._network.bind(self._x[:n], self._y[:n], self._levels[:n], self._out[:n])
+        self._runs[n]()
+        if not self._advance(n, rows):
+            steps = ", ".join(f"{slot.row + 1} of {len(slot.job.table)}" for slot in self._slots)
+            raise NonFiniteError(
+                f"step {steps} produced NaN or infinity on backend {self._network.backend} in {self._network.precision}: "
+                "the weights or the schedule are not usable; `sr3rt info` shows what the bundle was measured at"
+            )
+        finished = []
+        for slot in self._slots:
+            slot.row += 1
+        for i, slot in enumerate(list(self._slots)):
+            if slot.row == len(slot.job.table):
+                y = self._y[i].copy()
+                finished.append((slot.job, slot.job.project(np.clip(y, -1, 1)) if slot.job.consistency == "final" else y))
+        for job, _ in finished:
+            self.leave(job)
+        return finished
+
+    def _advance(self, n: int, rows: NDArray[np.float32]) -> bool:
+        """x0 and y of the n busy slots from the network's output. The common case is one fused pass."""
+        y, out, x0 = self._y[:n], self._out[:n], self._x0[:n]
+        jobs = [slot.job for slot in self._slots]
+        seeds = np.array([job.seed for job in jobs], np.uint64)
+        steps = np.array([slot.row for slot in self._slots], np.uint32)
+        if all(job.noise is None and job.consistency != "every" for job in jobs):
+            return _native.step(y, out, x0, rows, seeds, steps, clip=True, threads=self._threads)
+        if self._x0_new is None:
+            self._x0_new = np.zeros_like(self._x0)
+        new = self._x0_new[:n]
+        if not _native.predict(y, out, new, rows, clip=True, threads=self._threads):
+            return False
+        ok = True
+        for i, (job, slot) in enumerate(zip(jobs, self._slots, strict=True)):
+            if job.consistency == "every":
+                new[i] = job.project(new[i])
+            z = None if job.noise is None else np.ascontiguousarray(job.noise(slot.row), np.float32)[None]
+            one = slice(i, i + 1)
+            ok &= _native.advance(y[one], new[one], x0[one], rows[one], seeds[one], steps[one], z=z, threads=self._threads)
+        return ok

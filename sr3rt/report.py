@@ -1,0 +1,94 @@
+"""What `sr3rt info` and `sr3rt doctor` say, and the picture that `--compare` writes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from PIL import Image
+from rich.table import Table
+
+from sr3rt import __version__, backends
+from sr3rt.bundle import Bundle
+from sr3rt.errors import SR3Error
+from sr3rt.images import condition, read, restore
+
+PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "onnx", "onnxscript", "safetensors")
+
+
+def describe(path: Path) -> Table:
+    """A table of a bundle's facts, after every hash was checked. Raises BundleError."""
+    bundle = Bundle.open(path)
+    bundle.verify()
+    manifest, run = bundle.manifest, bundle.manifest.defaults
+    table = _table(f"{manifest.name} ({path})")
+    table.add_row("network", f"{manifest.architecture}, {manifest.parameters:,} parameters, {manifest.channels} channels")
+    table.add_row("scale", f"{manifest.scale}×, sides padded to a multiple of {manifest.stride}")
+    table.add_row("predicts", f"{manifest.prediction}, given {manifest.level}")
+    table.add_row("trained on", str(manifest.trained))
+    at = run.schedule or "the trained schedule respaced"
+    table.add_row("by default", f"{run.steps} steps, sampler {run.sampler}, consistency {run.consistency}, {at}")
+    for name, figure in manifest.parity.items():
+        if isinstance(figure, Mapping):
+            table.add_row(f"parity: {name}", f"{figure['worst']:.2g} (limit {figure['limit']:.2g}; {figure['unit']})")
+    for name, value in manifest.source.items():
+        lines = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        table.add_row(name.replace("_", " "), "\n".join(lines) or "none")
+    for name, entry in manifest.files.items():
+        table.add_row(name, f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256']} [green]verified[/green]")
+    table.add_row("bundle", f"SHA-256 {bundle.sha256}")
+    return table
+
+
+def examine() -> tuple[Table, bool]:
+    """A table of versions and backends, and whether at least one backend works."""
+    table = _table("sr3rt doctor")
+    table.add_row("sr3rt", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    for name in PACKAGES:
+        try:
+            table.add_row(name, version(name))
+        except PackageNotFoundError:
+            table.add_row(name, "[dim]not installed[/dim]")
+    healthy = False
+    for name in backends.MODULES:
+        reason = backends.why_not(name) or _try(name)
+        healthy |= reason is None
+        table.add_row(f"backend {name}", "[green]works[/green]" if reason is None else f"[red]cannot run[/red]: {reason}")
+    return table, healthy
+
+
+def side_by_side(source: Path, result: Image.Image) -> Image.Image:
+    """Input (nearest neighbour), bicubic and result, at the result's size, 4 px apart on white."""
+    picture = read(source)
+    small = restore(picture, condition(picture, scale=1, stride=1).x, scale=1)
+    assert isinstance(small, Image.Image)
+    small = small.convert("RGB")
+    parts = [small.resize(result.size, Image.Resampling.NEAREST), small.resize(result.size, Image.Resampling.BICUBIC)]
+    parts.append(result.convert("RGB"))
+    width, height = result.size
+    sheet = Image.new("RGB", (3 * width + 8, height), "white")
+    for i, part in enumerate(parts):
+        sheet.paste(part, (i * (width + 4), 0))
+    return sheet
+
+
+def _try(name: str) -> str | None:
+    """Why backend `name` does not load the bundle that ships, or None."""
+    from sr3rt.upscaler import SHIPPED
+
+    try:
+        backends.load(Bundle.open(SHIPPED), backends.Request(name))
+    except SR3Error as error:
+        return str(error)
+    return None
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table

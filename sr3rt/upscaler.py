@@ -1,0 +1,269 @@
+"""Picture in, picture out: an `Upscaler` is a bundle on a backend; `upscale` is the same in one call."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args, overload
+
+import numpy as np
+
+from sr3rt import backends, memory
+from sr3rt.backends import Floats, Network, Request
+from sr3rt.bundle import Bundle, Consistency
+from sr3rt.consistency import Projection
+from sr3rt.engine import Engine, Job, Noise
+from sr3rt.errors import Cancelled, ImageTooLarge, OptionError
+from sr3rt.images import ImageLike, Limits, Picture, condition, read, restore
+from sr3rt.samplers import Sampler, Table, table
+from sr3rt.schedule import Schedule, explicit, named, respace, warn_if_noisy_start_is_wrong
+
+SHIPPED = Path(__file__).parent / "models" / "photo4x"
+"""The bundle that `load()` and `upscale()` use when told nothing: 4×, natural photographs."""
+
+OnStep = Callable[[int, int, Callable[[], Any]], bool | None]
+"""`on_step(step, steps, preview)`: rows done so far (from 1) and in all, over every picture of the call; `preview()` makes the picture
+predicted so far, as the call would return it (for a list: a list, None for pictures that have not begun). Returning False cancels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A picture and how it was made: enough to make it again."""
+
+    image: Any
+    seed: int
+    steps: int
+    sampler: str
+    consistency: Consistency
+    bundle: str
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Text fields for the picture's file."""
+        return {
+            "sr3rt:bundle": self.bundle,
+            "sr3rt:seed": str(self.seed),
+            "sr3rt:steps": str(self.steps),
+            "sr3rt:sampler": self.sampler,
+            "sr3rt:consistency": self.consistency,
+        }
+
+
+@dataclass(eq=False)
+class _Task:
+    """A picture of one call on its way through the engine."""
+
+    picture: Picture
+    job: Job
+    result: Floats | None = None
+
+
+class Upscaler:
+    """A bundle on a backend. Immutable and thread-safe: calls share the network and nothing else."""
+
+    def __init__(self, bundle: Bundle, network: Network, *, threads: int, batch: int = 8, limits: Limits | None = None) -> None:
+        """`load` makes one. threads: for the update between network calls. batch: most pictures in one network call."""
+        if batch < 1:
+            raise OptionError(f"batch must be at least 1, found {batch}")
+        self.bundle, self.network = bundle, network
+        self._threads, self._batch, self._limits = threads, batch, limits or Limits()
+
+    @overload
+    def upscale(self, image: Sequence[ImageLike], **options: Any) -> list[Any]: ...
+    @overload
+    def upscale(self, image: ImageLike, **options: Any) -> Any: ...
+    def upscale(self, image: ImageLike | Sequence[ImageLike], **options: Any) -> Any:
+        """The upscaled picture: PIL for a path, bytes or a PIL image, an array of the same dtype for an array; a list for a list.
+
+        Options and errors are those of `run`; a PIL result carries its provenance in `info`.
+        """
+        results = self.run(image, **options)
+        return [r.image for r in results] if isinstance(image, (list, tuple)) else results[0].image
+
+    def run(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        schedule: str | Sequence[float] | None = None,
+        seed: int | Sequence[int] | None = None,
+        consistency: Consistency | None = None,
+        tile: str = "auto",
+        on_step: OnStep | None = None,
+        noise: Noise | None = None,
+    ) -> list[Result]:
+        """Upscale one picture or a list (or tuple) of them, of any sizes; what is not given comes from the bundle.
+
+        steps: 1 … the trained T. sampler: "sr3" (the paper's), "posterior", "ddim", "ddim(ETA)" or "dpm++2m".
+        schedule: None, the trained one respaced; "n_timestep", the trained kind made anew with `steps`, as the public implementation's
+        option of that name does (warns when it ends far from pure noise); or γ values in (0, 1), which also fix the steps.
+        seed: 0 … 2**64−1, or one per picture; None draws them. consistency: "off", "final" or "every" (`sr3rt.consistency`).
+        tile: "auto", the whole picture at once; the only value so far. on_step: see `OnStep`. noise: replaces the seeded noise.
+
+        Raises OptionError, ImageError, ImageTooLarge (also when memory does not suffice), NonFiniteError, Cancelled.
+        """
+        if tile != "auto":
+            raise OptionError(f"tile {tile!r} is not known: pictures are upscaled whole, use tile='auto'")
+        manifest = self.bundle.manifest
+        chosen = Sampler.parse(sampler or manifest.defaults.sampler)
+        agree: Consistency = consistency or manifest.defaults.consistency
+        if agree not in get_args(Consistency):
+            raise OptionError(f"unknown consistency {agree!r}: expected one of {', '.join(get_args(Consistency))}")
+        rows = table(chosen, self._schedule(steps, schedule), prediction=manifest.prediction, level=manifest.level)
+        images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
+        tasks = [self._task(item, rows, one, agree, noise) for item, one in zip(images, _seeds(seed, len(images)), strict=True)]
+        self._refine(tasks, on_step, single=not isinstance(image, (list, tuple)))
+        results = []
+        for task in tasks:
+            result = Result(self._picture(task), task.job.seed, len(rows), str(chosen), agree, self.bundle.sha256)
+            if hasattr(result.image, "info"):
+                result.image.info.update(result.provenance)
+            results.append(result)
+        return results
+
+    def _schedule(self, steps: int | None, kind: str | Sequence[float] | None) -> Schedule:
+        manifest = self.bundle.manifest
+        spec, trained = manifest.trained, manifest.trained.schedule()
+        count = steps or manifest.defaults.steps
+        if steps is not None and steps < 1:
+            raise OptionError(f"steps must be between 1 and the {len(trained)} that the network was trained with, found {steps}")
+        if kind is None:
+            if steps is None and manifest.defaults.schedule is not None:
+                return manifest.defaults.schedule.schedule()
+            return respace(trained, count)
+        if kind == "n_timestep":
+            base = manifest.defaults.schedule or spec
+            if base.kind == "gammas":
+                raise OptionError(
+                    "schedule 'n_timestep' needs a named trained schedule; this bundle's is a list of gammas: use steps alone"
+                )
+            schedule = named(base.kind, count, base.start, base.end)
+        elif isinstance(kind, str):
+            raise OptionError(f"unknown schedule {kind!r}: expected None (the trained one respaced), 'n_timestep' or a list of gammas")
+        else:
+            schedule = explicit(kind, trained)
+            if steps not in (None, len(schedule)):
+                raise OptionError(f"schedule has {len(schedule)} gammas and steps is {steps}: leave steps out")
+        warn_if_noisy_start_is_wrong(schedule, trained)
+        return schedule
+
+    def _task(self, image: ImageLike, rows: Table, seed: int, consistency: Consistency, noise: Noise | None) -> _Task:
+        manifest = self.bundle.manifest
+        picture = read(image, limits=self._limits)
+        self._check_memory(picture.height * manifest.scale, picture.width * manifest.scale)
+        made = condition(picture, scale=manifest.scale, stride=manifest.stride)
+        if consistency == "off":
+            return _Task(picture, Job(made.x, rows, seed, noise))
+        projection = Projection(picture.height, picture.width, manifest.scale)
+        lr = made.lr[:, : picture.height, : picture.width]
+        return _Task(picture, Job(made.x, rows, seed, noise, consistency, lr, projection))
+
+    def _check_memory(self, height: int, width: int) -> None:
+        available = memory.available()
+        needed = self._bytes(height, width)
+        if available is not None and needed > available:
+            raise ImageTooLarge(
+                f"a {width}×{height} result needs about {needed / 2**30:.1f} GiB with this model, {available / 2**30:.1f} GiB are "
+                "available: crop the picture, or use a machine with more memory"
+            )
+
+    def _bytes(self, height: int, width: int) -> int:
+        """Memory for one picture of that output size: activations, the loop's arrays, and the scores of the finest attention."""
+        manifest, pixels, single = self.bundle.manifest, height * width, np.dtype(np.float32).itemsize
+        tokens = pixels // manifest.attention_stride**2 if manifest.attention_stride else 0
+        return pixels * (manifest.bytes_per_pixel + 8 * manifest.channels * single) + 2 * single * tokens**2
+
+    def _refine(self, tasks: list[_Task], on_step: OnStep | None, *, single: bool) -> None:
+        """Run every task's job to its end; pictures of one padded size share an engine, and the next joins when one is done."""
+        sizes: dict[tuple[int, ...], list[_Task]] = {}
+        for task in tasks:
+            sizes.setdefault(task.job.x.shape, []).append(task)
+        total, done = sum(len(task.job.table) for task in tasks), 0
+        for (channels, height, width), waiting in sizes.items():
+            fits = max(1, (memory.available() or 2**62) // self._bytes(height, width))
+            capacity = min(len(waiting), self._batch, fits)
+            engine = Engine(self.network, capacity=capacity, channels=channels, height=height, width=width, threads=self._threads)
+            queue, running = list(waiting), {}
+            while queue or engine.busy:
+                while queue and engine.free:
+                    task = queue.pop(0)
+                    engine.join(task.job)
+                    running[task.job] = task
+                done += engine.busy
+                for job, y in engine.step():
+                    running.pop(job).result = y
+                if on_step is not None and on_step(done, total, lambda: self._preview(tasks, engine, running, single)) is False:  # noqa: B023
+                    raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
+
+    def _preview(self, tasks: list[_Task], engine: Engine, running: dict[Job, _Task], single: bool) -> Any:
+        def one(task: _Task) -> Any:
+            if task.job in running:
+                return restore(task.picture, engine.prediction(task.job), scale=self.bundle.manifest.scale)
+            return None if task.result is None else self._picture(task)
+
+        previews = [one(task) for task in tasks]
+        return previews[0] if single else previews
+
+    def _picture(self, task: _Task) -> Any:
+        assert task.result is not None
+        return restore(task.picture, task.result, scale=self.bundle.manifest.scale)
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        return [secrets.randbits(32) for _ in range(count)]
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+    if len(seeds) != count:
+        raise OptionError(f"{len(seeds)} seeds for {count} pictures: give one, or one for each")
+    for one in seeds:
+        if not 0 <= one < 2**64:
+            raise OptionError(f"seed must be a whole number from 0 to 2**64 - 1, found {one!r}")
+    return [int(one) for one in seeds]
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    batch: int = 8,
+    limits: Limits | None = None,
+) -> Upscaler:
+    """Open a bundle (None: the one that ships) on a backend.
+
+    backend: "auto" or "onnxruntime". precision: "auto" or "fp32". device: "auto" or "cpu". threads: 0, one for each core that this
+    process may use. batch: most pictures in one network call. limits: of the pictures taken (`sr3rt.images.Limits`).
+
+    Raises BundleNotFound, BundleCorrupt, BundleIncompatible, OptionError, BackendError, MissingExtra.
+    """
+    bundle = Bundle.open(SHIPPED if model is None else model)
+    request = Request(backend, precision, device, threads)
+    return Upscaler(bundle, backends.load(bundle, request), threads=request.thread_count, batch=batch, limits=limits)
+
+
+@lru_cache(maxsize=2)
+def _loaded(model: Path, manifest: str, request: Request) -> Upscaler:
+    """`manifest`, the digest, makes a bundle that was replaced a different one."""
+    return load(model, backend=request.backend, precision=request.precision, device=request.device)
+
+
+def upscale(
+    image: ImageLike | Sequence[ImageLike],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str = "auto",
+    **options: Any,
+) -> Any:
+    """`load(model, …).upscale(image, …)` in one call; the two most recently used models stay loaded. Options: `Upscaler.run`."""
+    path = (SHIPPED if model is None else Path(model)).absolute()
+    request = Request(backend, precision, device)
+    return _loaded(path, Bundle.open(path).sha256, request).upscale(image, **options)

@@ -1,0 +1,41 @@
+"""Shared by the tests: the golden data and, where torch is installed, bundles exported from its checkpoints, once for each run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin beside onnxruntime's
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "peer_golden"
+NAMES = ("sr3_a", "sr3_c", "ddpm_e")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, NDArray[Any]]]:
+    """`golden(name)`: the recorded arrays of one of `NAMES`."""
+    return lambda name: dict(np.load(GOLDEN / name / "golden.npz"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`exported(name)`: the bundle of a golden checkpoint, made by the exporter with the checkpoint's config."""
+    pytest.importorskip("torch")
+    from sr3rt.export.to_onnx import export
+
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def bundle(name: str) -> Path:
+        target = folder / name
+        if not target.exists():
+            export(GOLDEN / name / "I10_E1_gen.pth", config=GOLDEN / name / "config.json", output=target)
+        return target
+
+    return bundle

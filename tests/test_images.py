@@ -1,0 +1,540 @@
+"""Every kind of picture comes in, becomes the network's arrays, and goes back in the form that it came in."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+
+from sr3rt.errors import ImageError, ImageTooLarge
+from sr3rt.images import Limits, Picture, condition, padded, read, restore
+from sr3rt.saving import save
+
+PHOTOGRAPH = Path(__file__).parent / "data" / "kodim23_crop.png"
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def photograph(mode: str = "RGB") -> Image.Image:
+    with Image.open(PHOTOGRAPH) as image:
+        return image.convert(mode)
+
+
+def reopened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def pixels() -> NDArray[np.uint8]:
+    return np.array(photograph())
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def bicubic(image: Any, scale: int = 4) -> Any:
+    """Through the whole of our own path, with the condition in place of a prediction."""
+    picture = read(image)
+    return restore(picture, condition(picture, scale=scale, stride=8).x, scale=scale)
+
+
+def tiny_png(width: int, height: int, *, bits: int = 8, rows: bytes = bytes(9)) -> bytes:
+    """An RGB PNG of a few bytes, whatever size it claims."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+# --- the network's convention ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])
+def test_the_condition_of_8_bits_is_pils_bicubic_exactly(scale: int) -> None:
+    image = photograph()
+    expected = np.asarray(image.resize((96 * scale, 72 * scale), BICUBIC)).astype(np.float32) / 255 * 2 - 1
+    made = condition(read(image), scale=scale, stride=4)
+    assert made.x.dtype == np.float32
+    assert made.x.flags.c_contiguous
+    assert np.array_equal(made.x, expected.transpose(2, 0, 1))
+    assert np.array_equal(made.lr, (pixels().astype(np.float32) / 255 * 2 - 1).transpose(2, 0, 1))
+    assert made.size == (72 * scale, 96 * scale)
+
+
+def test_the_8_bit_result_is_the_references_rounding() -> None:
+    y0 = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 288, 384)).astype(np.float32)
+    y0[0, 0, :3] = [-1 + 1 / 255, -1 + 3 / 255, -1 + 5 / 255]  # halves: to even
+    expected = ((y0.clip(-1, 1) + 1) / 2 * 255.0).round().astype(np.uint8).transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(restore(read(photograph()), y0, scale=4)), expected)
+
+
+def test_16_bits_keep_their_precision_and_agree_with_the_8_bit_convention() -> None:
+    fine = (pixels().astype(np.uint16) * 257).clip(3) - 3  # off the 8-bit grid
+    picture = read(fine)
+    assert picture.colour.dtype == np.uint16
+    assert np.array_equal(np.asarray(restore(picture, condition(picture, scale=1, stride=1).x, scale=1)), fine)
+    deep, shallow = (
+        condition(read(pixels().astype(np.uint16) * 257), scale=4, stride=8),
+        condition(read(pixels()), scale=4, stride=8),
+    )
+    assert np.abs(deep.x - shallow.x).max() <= 1.2 * 2 / 255  # the 8-bit path rounds twice
+    assert deep.x.min() >= -1
+    assert deep.x.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_keep_their_dtype_and_values(dtype: type[np.floating[Any]]) -> None:
+    array = (pixels() / 255).astype(dtype)
+    result = bicubic(array, scale=1)
+    assert result.dtype == dtype
+    np.testing.assert_allclose(result, array, rtol=0, atol=1e-3 if dtype is np.float16 else 2e-7)
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "scale", "stride", "minimum", "expected"),
+    [
+        (64, 4, 8, None, 64),
+        (65, 4, 8, None, 66),
+        (1, 4, 16, None, 4),
+        (5, 3, 8, None, 8),
+        (5, 8, 8, None, 5),
+        (7, 1, 16, None, 16),
+        (1, 4, 8, 64, 16),
+        (17, 4, 8, 64, 18),
+        (1, 4, 8, 60, 16),
+        (3, 4, 1, None, 3),
+    ],
+)
+def test_the_canvas_is_the_smallest_that_the_network_takes(
+    length: int, scale: int, stride: int, minimum: int | None, expected: int
+) -> None:
+    assert padded(length, scale=scale, stride=stride, minimum=minimum) == expected
+    assert expected * scale % stride == 0
+    assert expected * scale >= (minimum or stride)
+
+
+def test_padding_leaves_the_top_left_in_place_and_makes_no_seam() -> None:
+    image = photograph().crop((0, 0, 61, 45))
+    made = condition(read(image), scale=4, stride=32)
+    assert made.x.shape == (3, 192, 256)
+    assert made.lr.shape == (3, 48, 64)
+    assert made.size == (180, 244)
+    plain = np.asarray(image.resize((244, 180), BICUBIC)).astype(np.float32) / 255 * 2 - 1
+    inside = np.s_[:, :172, :236]  # the kernel reaches two low-res pixels
+    assert np.array_equal(made.x[inside], plain.transpose(2, 0, 1)[inside])
+    mirrored = np.pad(np.asarray(image), ((0, 3), (0, 3), (0, 0)), mode="reflect")
+    expected = np.asarray(Image.fromarray(mirrored).resize((256, 192), BICUBIC)).astype(np.float32) / 255 * 2 - 1
+    assert np.array_equal(made.x, expected.transpose(2, 0, 1))
+
+
+def test_a_picture_smaller_than_its_padding_has_its_border_repeated() -> None:
+    made = condition(read(np.array([[10], [200]], np.uint8)), scale=4, stride=16)
+    assert made.lr.shape == (3, 4, 4)
+    assert np.array_equal(made.lr[0], made.lr[0][:, :1].repeat(4, axis=1))
+    assert np.allclose((made.lr[0, :, 0] + 1) * 127.5, [10, 200, 200, 200])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 3), (33, 18)])
+def test_any_size_comes_back_scaled(shape: tuple[int, int]) -> None:
+    array = pixels()[: shape[0], : shape[1]]
+    assert bicubic(array).shape == (shape[0] * 4, shape[1] * 4, 3)
+
+
+# --- kinds of picture ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("1", "L"),
+        ("L", "L"),
+        ("LA", "LA"),
+        ("La", "LA"),
+        ("P", "RGB"),
+        ("PA", "RGBA"),
+        ("RGB", "RGB"),
+        ("RGBX", "RGB"),
+        ("RGBA", "RGBA"),
+        ("RGBa", "RGBA"),
+        ("CMYK", "RGB"),
+        ("YCbCr", "RGB"),
+        ("HSV", "RGB"),
+        ("F", "F"),
+        ("I;16", "I;16"),
+    ],
+)
+def test_a_pil_image_gives_a_pil_image_of_the_fitting_mode(mode: str, expected: str) -> None:
+    if mode == "F":
+        image = Image.fromarray(np.asarray(photograph("L"), dtype=np.float32) / 255)
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(photograph("L")).astype(np.uint16) * 257)
+    else:
+        via = {"La": "LA", "PA": "P", "RGBa": "RGBA"}.get(mode, "RGB")
+        image = photograph(via).convert(mode)
+    result = bicubic(image)
+    assert isinstance(result, Image.Image)
+    assert (result.mode, result.size) == (expected, (384, 288))
+
+
+def test_grey_is_replicated_for_the_network_and_comes_back_as_pils_luma() -> None:
+    picture = read(photograph("L"))
+    assert picture.grey
+    assert np.array_equal(picture.colour[..., 0], picture.colour[..., 2])
+    coloured = condition(read(photograph()), scale=1, stride=1).x  # a network may colour a grey picture
+    assert np.array_equal(np.asarray(restore(picture, coloured, scale=1)), np.asarray(photograph("L")))
+    deep = restore(read(np.zeros((72, 96), np.uint16)), coloured, scale=1)
+    assert np.abs(np.asarray(deep) / 257 - np.asarray(photograph("L"))).max() <= 0.51
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.dtype(">u2"), np.float32])
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+def test_an_array_gives_an_array_of_its_dtype_and_channels(dtype: Any, channels: int | None) -> None:
+    source = np.concatenate([pixels(), pixels()[..., :1]], axis=2)
+    array = source[..., 0] if channels is None else source[..., :channels]
+    array = (array / 255).astype(dtype) if dtype is np.float32 else array.astype(dtype)
+    result = bicubic(array, scale=1)
+    assert result.dtype == dtype
+    np.testing.assert_allclose(result, array, rtol=0, atol=2e-7 if dtype is np.float32 else 0)
+
+
+def test_alpha_is_upscaled_bicubically_beside_the_colour() -> None:
+    image = photograph("RGBA")
+    image.putalpha(photograph("L"))
+    result = np.asarray(bicubic(image))
+    assert np.array_equal(result[..., 3], np.asarray(photograph("L").resize((384, 288), BICUBIC)))
+    assert np.array_equal(result[..., :3], np.asarray(photograph().resize((384, 288), BICUBIC)))
+
+
+def test_a_transparent_palette_or_colour_becomes_alpha() -> None:
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), mode=None).convert("P")
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    for transparency in (0, b"\x00\xff"):
+        result = np.asarray(bicubic(encoded(palette, "PNG", transparency=transparency), scale=1))
+        assert result.tolist() == [[[255, 0, 0, 0], [0, 255, 0, 255]], [[0, 255, 0, 255], [255, 0, 0, 0]]]
+    grey = Image.fromarray(np.array([[7, 8]], np.uint8))
+    assert np.asarray(bicubic(encoded(grey, "PNG", transparency=7), scale=1)).tolist() == [[[7, 0], [8, 255]]]
+    one_bit = grey.point(lambda value: 255 * (value > 7)).convert("1")
+    assert np.asarray(bicubic(encoded(one_bit, "PNG", transparency=0), scale=1)).tolist() == [[[0, 0], [255, 255]]]
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert np.asarray(bicubic(encoded(rgb, "PNG", transparency=(1, 2, 3)), scale=1))[..., 3].tolist() == [[0, 255]]
+
+
+def test_16_bit_grey_files_keep_16_bits() -> None:
+    deep = np.asarray(photograph("L")).astype(np.uint16) * 257 + 5 * (np.asarray(photograph("L")) < 255)
+    image = Image.fromarray(deep.astype(np.uint16))
+    ppm = b"P5 96 72 65535\n" + deep.astype(">u2").tobytes()
+    for data in (encoded(image, "PNG"), encoded(image, "TIFF"), ppm):
+        result = bicubic(data, scale=1)
+        assert result.mode == "I;16"
+        assert np.array_equal(np.asarray(result), deep)
+
+
+def test_16_bit_colour_files_are_read_at_8_bits_with_a_warning() -> None:
+    pixel = struct.pack(">3H", 0x1234, 0x8000, 0xFFFF)
+    for data in (b"P6 1 1 65535\n" + pixel, tiny_png(1, 1, bits=16, rows=b"\0" + pixel)):
+        with pytest.warns(UserWarning, match="16 bits per channel, read at 8"):
+            assert np.array_equal(read(data).colour, [[[0x12, 0x80, 0xFF]]])
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM"])
+def test_the_accepted_formats_read_as_bytes_and_as_paths(format: str, tmp_path: Path) -> None:
+    data = encoded(photograph(), format)
+    (tmp_path / "photograph.of.some.kind").write_bytes(data)
+    for image in (data, bytearray(data), tmp_path / "photograph.of.some.kind", str(tmp_path / "photograph.of.some.kind")):
+        picture = read(image)
+        assert np.array_equal(picture.colour, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        assert picture.dtype is None
+        assert picture.alpha is None
+        assert not picture.grey
+
+
+def test_a_cmyk_jpeg_becomes_rgb_without_its_profile() -> None:
+    data = encoded(photograph("CMYK"), "JPEG", quality=95, icc_profile=b"of CMYK")
+    result = bicubic(data)
+    assert result.mode == "RGB"
+    assert "icc_profile" not in result.info
+    assert np.abs(np.asarray(result.resize((96, 72), BICUBIC)).astype(int) - pixels()).mean() < 6
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_the_icc_profile_is_kept_into_the_file(suffix: str, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    result = bicubic(encoded(photograph(), "PNG", icc_profile=profile))
+    assert result.info["icc_profile"] == profile
+    save(result, tmp_path / f"out{suffix}")
+    assert reopened(tmp_path / f"out{suffix}").info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(format: str, orientation: int) -> None:
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :16] = 250  # top left
+    # The stored picture, whose rows and columns the EXIF specification names for each value.
+    stored = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud}
+    stored |= {
+        5: lambda a: a.swapaxes(0, 1),
+        6: np.rot90,
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.ascontiguousarray(stored[orientation](upright)))
+    data = encoded(image, format, exif=exif.tobytes(), **({"quality": 95} if format in ("JPEG", "WEBP") else {}))
+    assert np.abs(read(data).colour.astype(int) - upright).mean() < 4
+    assert np.abs(read(Image.open(io.BytesIO(data))).colour.astype(int) - upright).mean() < 4
+
+
+def test_damaged_exif_data_does_not_refuse_the_pixels() -> None:
+    data = encoded(photograph(), "PNG", exif=b"Exif\0\0nonsense")
+    assert np.array_equal(read(data).colour, pixels())
+
+
+def test_a_phones_multi_picture_jpeg_is_its_first_picture() -> None:
+    data = encoded(photograph(), "MPO", save_all=True, append_images=[photograph().crop((0, 0, 8, 8))])
+    assert read(data).colour.shape == (72, 96, 3)
+    assert read(Image.open(io.BytesIO(data))).colour.shape == (72, 96, 3)
+
+
+def test_the_callers_array_may_change_afterwards() -> None:
+    array = pixels()
+    picture = read(array)
+    array[:] = 0
+    assert np.array_equal(picture.colour, pixels())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------------
+
+
+def animated(format: str) -> bytes:
+    return encoded(photograph(), format, save_all=True, append_images=[photograph().rotate(180)])
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_several_frames_are_refused(format: str) -> None:
+    with pytest.raises(ImageError, match="animated, or of several pages"):
+        read(animated(format))
+
+
+def test_an_animated_gif_is_refused_as_a_file_and_as_an_image() -> None:
+    with pytest.raises(ImageError, match=r"a GIF, often animated.*accepted are PNG"):
+        read(animated("GIF"))
+    with pytest.raises(ImageError, match="animated"):
+        read(Image.open(io.BytesIO(animated("GIF"))))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"Dear reader, this is no picture.\n", "begins with b'Dear rea'"),
+        (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\0\0\0\x20ftypheic" + bytes(20), "HEIC"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"\x89PNG\r\n\x1a\n", "damaged PNG"),
+        (b"\xff\xd8\xff\xe0" + bytes(30), "JPEG"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", "damaged WEBP"),
+        (b"BM" + bytes(10), "damaged BMP"),
+        (b"II*\0\x08\0\0\0", "damaged TIFF"),
+        (b"P6 nonsense", "damaged PPM"),
+        (b"P6 0 5 255\n", "damaged PPM"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_what_was_found(data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "renamed.png"
+    path.write_bytes(data)
+    for image in (data, path):
+        with pytest.raises(ImageError, match=message):
+            read(image)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM"])
+def test_a_truncated_file_is_refused(format: str) -> None:
+    data = encoded(photograph(), format)
+    for length in (len(data) // 2, len(data) - len(data) // 10):
+        with pytest.raises(ImageError, match="damaged"):
+            read(data[:length])
+
+
+def test_paths_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"there is no file .*absent\.png"):
+        read(tmp_path / "absent.png")
+    with pytest.raises(ImageError, match="is a folder"):
+        read(tmp_path)
+    with pytest.raises(ImageError, match="cannot be read"):
+        read("a\0b.png")
+
+
+@pytest.mark.parametrize(("width", "height"), [(60000, 60000), (11000, 11000), (2**31 - 1, 2**31 - 1)])
+def test_a_decompression_bomb_meets_our_limit_and_not_pillows(width: int, height: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageTooLarge, match=f"{width}×{height}.*the limit is {2**26} pixels"):
+            read(tiny_png(width, height))
+
+
+def test_the_limits_hold_for_every_kind_of_input(tmp_path: Path) -> None:
+    small = Limits(pixels=96 * 72 - 1)
+    for image in (PHOTOGRAPH, PHOTOGRAPH.read_bytes(), photograph(), pixels()):
+        with pytest.raises(ImageTooLarge, match="the limit is 6911 pixels"):
+            read(image, limits=small)
+        assert read(image, limits=Limits(pixels=96 * 72)).width == 96
+    size = PHOTOGRAPH.stat().st_size
+    for file in (PHOTOGRAPH, PHOTOGRAPH.read_bytes()):
+        with pytest.raises(ImageTooLarge, match=str(size - 1)):
+            read(file, limits=Limits(file_bytes=size - 1))
+        assert read(file, limits=Limits(file_bytes=size)).height == 72
+
+
+def test_pillows_own_limit_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiff = encoded(photograph(), "TIFF")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert read(PHOTOGRAPH).colour.shape == (72, 96, 3)
+    with contextlib.suppress(ImageTooLarge):  # its TIFF reader keeps to it since version 11: that error, and no other
+        read(tiff)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((2, 2), 1.5, np.float32), r"floats from 1\.5 to 1\.5; expected \[0,1\]"),
+        (np.array([[0.5, -0.25]]), r"floats from -0\.25 to 0\.5"),
+        (np.array([[0.5, np.nan]]), "floats from nan to nan"),
+        (np.array([[0.5, np.inf]]), "to inf"),
+        (np.zeros((2, 2), np.int64), "int64.*expected uint8, uint16, or float"),
+        (np.zeros((2, 2), bool), "bool"),
+        (np.zeros((2, 2), complex), "complex"),
+        (np.zeros((3, 64, 64), np.uint8), "channels last"),
+        (np.zeros((1, 64, 64, 3), np.uint8), "expected .H, W. or .H, W, C."),
+        (np.zeros(5, np.uint8), "expected .H, W."),
+        (np.zeros((0, 5, 3), np.uint8), "5×0 pixels"),
+    ],
+)
+def test_arrays_that_cannot_be_pictures_are_refused(array: NDArray[Any], message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        read(array)
+
+
+def test_other_objects_and_modes_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"builtins\.list"):
+        read([[1, 2], [3, 4]])  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="mode 'LAB'"):
+        read(Image.new("LAB", (4, 4)))
+    with pytest.raises(ImageError, match="values -5 to -5; expected 0 to 65535"):
+        read(Image.new("I", (4, 4), -5))
+    with pytest.raises(ImageError, match="transparency in 16-bit grey"):
+        read(encoded(Image.new("I;16", (4, 4), 300), "PNG", transparency=300))
+    with pytest.raises(ImageError, match="0×0"):
+        read(Image.new("RGB", (0, 0)))
+
+
+def test_a_prediction_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"\(3, 10, 10\).*at least 288, at least 384"):
+        restore(read(photograph()), np.zeros((3, 10, 10), np.float32), scale=4)
+
+
+# --- files out -------------------------------------------------------------------------------------------------------------
+
+
+PROVENANCE = {"sr3rt:seed": "7", "sr3rt:sampler": "ddim η=0"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".ppm", ".PNG"])
+def test_a_lossless_file_gives_the_picture_back(suffix: str, tmp_path: Path) -> None:
+    save(photograph(), tmp_path / f"out{suffix}", provenance=PROVENANCE)
+    assert np.array_equal(np.asarray(reopened(tmp_path / f"out{suffix}")), pixels())
+    assert [file.name for file in tmp_path.iterdir()] == [f"out{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_lossy_file_is_close_and_has_no_exif(suffix: str, tmp_path: Path) -> None:
+    image = photograph()
+    image.info["exif"] = Image.Exif().tobytes()
+    save(image, tmp_path / f"out{suffix}")
+    read_back = reopened(tmp_path / f"out{suffix}")
+    assert "exif" not in read_back.info
+    assert np.abs(np.asarray(read_back).astype(int) - pixels()).mean() < 4
+
+
+def comment(path: Path) -> str:
+    image = reopened(path)
+    return str(image.tag_v2.get(270) if isinstance(image, TiffImagePlugin.TiffImageFile) else image.info.get("comment"))
+
+
+def test_provenance_is_in_the_file(tmp_path: Path) -> None:
+    save(photograph(), tmp_path / "out.png", provenance=PROVENANCE)
+    png = reopened(tmp_path / "out.png")
+    assert isinstance(png, PngImagePlugin.PngImageFile)
+    assert {key: str(text) for key, text in png.text.items()} == PROVENANCE
+    for name in ("jpg", "tif"):
+        save(photograph(), tmp_path / f"out.{name}", provenance=PROVENANCE)
+        save(photograph(), tmp_path / f"plain.{name}")
+        assert "sr3rt:seed" in comment(tmp_path / f"out.{name}")
+        assert "sr3rt" not in comment(tmp_path / f"plain.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "message"),
+    [
+        ("out.jpg", "RGBA", "JPEG cannot hold a picture of mode RGBA; write it as .png"),
+        ("out.bmp", "LA", "BMP cannot hold"),
+        ("out.webp", "I;16", r"write it as \.png, \.tif"),
+        ("out.gif", "RGB", r"suffix '\.gif' names no format"),
+        ("out", "RGB", "suffix ''"),
+        ("absent/out.png", "RGB", "cannot be written: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(name: str, mode: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=message):
+        save(Image.new(mode, (4, 4)), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_too_wide_for_the_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="70000×1 pixels cannot be written as JPEG"):
+        save(Image.new("L", (70000, 1)), tmp_path / "out.jpg")
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out.png"
+    target.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ImageError, match="No space left on device"):
+        save(photograph(), target)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_new_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save(photograph(), tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_picture_says_its_size() -> None:
+    picture = read(PHOTOGRAPH)
+    assert isinstance(picture, Picture)
+    assert (picture.height, picture.width) == (72, 96)
