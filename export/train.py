@@ -1,32 +1,39 @@
-"""Train the small model that ships: `python export/train.py --images DIR --out FILE`.
+"""Train the small model that ships: `python export/train.py --images DIR -o FILE.safetensors`, then `python export/to_onnx.py FILE…`.
 
 Photographs are cropped at random scales and flipped; the low-resolution picture is made by PIL's bicubic, as the runtime's condition
 is. γ is drawn as the paper does (section 2.4: t uniform, then γ uniform between its neighbours on the trained schedule), the loss is
 the mean square of the scaled network's error (EDM, arXiv 2206.00364, eq. 8), and an exponential moving average of the weights is
-what is saved. Interrupting is safe: the run resumes from `FILE.state`.
+what is saved. Interrupting is safe: the run resumes from `FILE.state`. `--start` continues from a bundle's weights instead.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cyclopts import App, Parameter
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-from export.nets.compact import SIGMA, CompactConfig, CompactUNet
+from sr3rt.bundle import Bundle
+from sr3rt.errors import OptionError
+from sr3rt.export.nets.compact import SIGMA, CompactConfig, CompactUNet
 
+SCALE = 4
+WARM = 300  # steps over which the rate rises
 Pixels = NDArray[np.uint8]
 
 
@@ -45,7 +52,7 @@ def photographs(folder: Path, hold_out: str) -> list[Pixels]:
 
     paths = [path for path in sorted(folder.glob("*.png")) if not path.match(hold_out)]
     if not paths:
-        raise SystemExit(f"no .png to train on in {folder}: give --images a folder of photographs")
+        raise OptionError(f"{folder} holds no .png to train on: give --images a folder of photographs")
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     pictures += [getattr(data, name)() for name in ("astronaut", "cat", "coffee", "rocket")]
     return [*pictures, data.stereo_motorcycle()[0]]  # type: ignore[no-untyped-call]
@@ -58,43 +65,44 @@ def pyramid(picture: Pixels) -> list[Pixels]:
     return [np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for size in sizes]
 
 
-class Crops:
-    """Random crops: `(x, y0)` pairs, float32 NCHW in [-1, 1]."""
+class Crops(IterableDataset[tuple[Tensor, Tensor]]):
+    """Batches of random crops without end: x, y0, uint8 (B, H, W, 3)."""
 
-    def __init__(self, pictures: list[Pixels], crop: int, scale: int, rng: np.random.Generator) -> None:
+    def __init__(self, pictures: list[Pixels], *, crop: int, batch: int, seed: tuple[int, ...]) -> None:
         self.levels = [level for picture in pictures for level in pyramid(picture) if min(level.shape[:2]) >= crop]
         areas = np.array([level.shape[0] * level.shape[1] for level in self.levels], dtype=np.float64)
         self.weights = np.sqrt(areas) / np.sqrt(areas).sum()
-        self.crop, self.scale, self.rng = crop, scale, rng
+        self.crop, self.size, self.seed = crop, batch, seed
 
-    def one(self) -> tuple[Pixels, Pixels]:
-        rng, size = self.rng, self.crop
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng((*self.seed, worker.id if worker else 0))
+        while True:
+            pairs = [self.pair(rng) for _ in range(self.size)]
+            x, y0 = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
+            yield x, y0
+
+    def pair(self, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+        """A crop, turned, mirrored, now and then with its colours exchanged; and what bicubic makes of its reduction."""
+        size = self.crop
         source = self.levels[rng.choice(len(self.levels), p=self.weights)]
         top, left = (int(rng.integers(0, n - size + 1)) for n in source.shape[:2])
         high = np.rot90(source[top : top + size, left : left + size], k=int(rng.integers(4)))
         high = np.ascontiguousarray(high[:, ::-1] if rng.integers(2) else high)
         if rng.integers(4) == 0:
             high = np.ascontiguousarray(high[..., rng.permutation(3)])
-        image = Image.fromarray(high)
-        low = image.resize((size // self.scale,) * 2, Image.Resampling.BICUBIC)
+        low = Image.fromarray(high).resize((size // SCALE,) * 2, Image.Resampling.BICUBIC)
         return np.asarray(low.resize((size, size), Image.Resampling.BICUBIC)), high
 
-    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches without end, the next one made while the last is used."""
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.batch, size)
-            while True:
-                ready, coming = coming.result(), pool.submit(self.batch, size)
-                yield ready
 
-    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [self.one() for _ in range(size)]
-        stacks = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in zip(*pairs, strict=True))
-        x, y0 = (stack.to(torch.float32).div_(127.5).sub_(1) for stack in stacks)
-        return x, y0
+def draw_gamma(gammas: NDArray[np.float64], batch: int, rng: np.random.Generator) -> Tensor:
+    """(B, 1) float64: t uniform, one from each of B equal parts of [0, T) (the same distribution, a calmer gradient), then γ uniform."""
+    edges = np.concatenate([[1.0], gammas])
+    t = ((np.arange(batch) + rng.random(batch)) / batch * len(gammas)).astype(np.int64)
+    return torch.from_numpy(rng.uniform(edges[t + 1], edges[t]))[:, None].clamp_(max=1 - 1e-7)
 
 
-def loss_of(net: CompactUNet, x: torch.Tensor, y0: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+def loss_of(net: CompactUNet, x: Tensor, y0: Tensor, gamma: Tensor) -> Tensor:
     """Mean square of the scaled network's error, which weighs every noise level alike. gamma: (B, 1) float64."""
     sigma = (1 / gamma - 1).sqrt().to(torch.float32)[:, :, None, None]
     spread = (sigma**2 + SIGMA**2).sqrt()
@@ -107,13 +115,13 @@ def loss_of(net: CompactUNet, x: torch.Tensor, y0: torch.Tensor, gamma: torch.Te
 class Run:
     """Everything that a resumed run needs: weights, moving average, optimiser, step."""
 
-    def __init__(self, config: CompactConfig, rate: float, decay: float) -> None:
-        self.net = CompactUNet(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def __init__(self, net: CompactUNet, *, rate: float, decay: float, device: str) -> None:
+        self.net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = {name: p.detach().clone() for name, p in self.net.state_dict().items()}
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-        self.rate, self.decay, self.step, self.seconds = rate, decay, 0, 0.0
+        self.decay, self.step, self.seconds = decay, 0, 0.0
 
-    def update(self, loss: torch.Tensor, rate: float) -> None:
+    def update(self, loss: Tensor, rate: float) -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
@@ -132,7 +140,7 @@ class Run:
         os.replace(temporary, path)
 
     def resume(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=next(self.net.parameters()).device, weights_only=True)
         self.net.load_state_dict(state["net"])
         self.average = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
@@ -141,63 +149,113 @@ class Run:
 
 def write_weights(run: Run, gammas: NDArray[np.float64], out: Path) -> None:
     """The moving average and the trained schedule, as safetensors that `export/to_onnx.py` recognises."""
-    tensors = {name: value.contiguous() for name, value in run.average.items()}
+    tensors = {name: value.cpu().contiguous() for name, value in run.average.items()}
     tensors["gammas"] = torch.from_numpy(gammas.copy())
-    metadata = {"config": json.dumps(asdict(run.net.config)), "architecture": "compact", "scale": "4", "step": str(run.step)}
+    metadata = {"config": json.dumps(asdict(run.net.config)), "architecture": "compact", "scale": str(SCALE), "step": str(run.step)}
     temporary = out.with_suffix(".partial")
     save_file(tensors, temporary, metadata=metadata)
     os.replace(temporary, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--hold-out", default="kodim2[1-4].png", help="glob of the pictures never to train on")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--minutes", type=float, default=120, help="stop after so much training time; the rate falls to 0 by then")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.999)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    run = Run(CompactConfig(), args.rate, args.decay)
-    state = args.out.with_suffix(".state")
+def from_bundle(path: Path) -> CompactUNet:
+    """The network of a bundle that `export/to_onnx.py` made from this script's file: ONNX initialisers carry the tensors' names."""
+    import onnx
+    from onnx import numpy_helper
+
+    net = CompactUNet(CompactConfig())
+    graph = onnx.load_from_string(Bundle.open(path).read("network.onnx")).graph
+    found = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    missing = [name for name in net.state_dict() if name not in found]
+    if missing:
+        raise OptionError(f"{path} is not of this script's network: it has no tensor {missing[0]}")
+    net.load_state_dict({name: found[name] for name in net.state_dict()})
+    return net
+
+
+def train(
+    *,
+    images: Path,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    hold_out: str = "kodim2[1-4].png",
+    start: Path | None = None,
+    minutes: float = 120,
+    batch: int = 8,
+    crop: int = 64,
+    rate: float = 1e-3,
+    decay: float = 0.999,
+    device: str = "cpu",
+    threads: int = 2,
+    workers: int = 1,
+    seed: int = 0,
+) -> None:
+    """Train the small model.
+
+    Parameters
+    ----------
+    images
+        Folder of .png photographs.
+    output
+        Safetensors file to write, every 200 steps and at the end.
+    hold_out
+        Glob of the pictures never to train on.
+    start
+        Bundle to take the first weights from.
+    minutes
+        Training time, over all resumed parts; the rate falls to nearly 0 by then.
+    batch
+        Crops in a step.
+    crop
+        Side of a crop, pixels.
+    rate
+        Highest learning rate.
+    decay
+        Of the moving average.
+    device
+        cpu, or cuda for bfloat16 on a GPU.
+    threads
+        For the network, on a CPU.
+    workers
+        Processes that make crops.
+    seed
+        Of crops, levels and noise.
+    """
+    torch.set_num_threads(threads)
+    run = Run(from_bundle(start) if start else CompactUNet(CompactConfig()), rate=rate, decay=decay, device=device)
+    state = output.with_suffix(".state")
     if state.exists():
         run.resume(state)
-    rng = np.random.default_rng((args.seed, run.step))
-    torch.manual_seed(args.seed + run.step)
-    pictures = photographs(args.images, args.hold_out)
-    print(f"{len(pictures)} pictures", flush=True)
-    crops = Crops(pictures, args.crop, 4, rng)
-    batches = crops.batches(args.batch)
-    rng = np.random.default_rng((args.seed, run.step, 1))
+    rng = np.random.default_rng((seed, run.step))
+    torch.manual_seed(seed + run.step)
+    console = Console()
+    pictures = photographs(images, hold_out)
+    console.print(f"{len(pictures)} pictures")
     gammas = path_gammas()
-    edges = np.concatenate([[1.0], gammas])
-    losses: list[float] = []
-    limit = args.minutes * 60
-    while run.seconds < limit:
-        begin = time.monotonic()
-        x, y0 = next(batches)
-        # one t per stratum of [0, T): the same distribution, less noise in the gradient
-        t = ((np.arange(args.batch) + rng.random(args.batch)) / args.batch * len(gammas)).astype(int)
-        gamma = torch.from_numpy(rng.uniform(edges[t + 1], edges[t]))[:, None]
-        memory = torch.channels_last
-        loss = loss_of(run.net, x.contiguous(memory_format=memory), y0.contiguous(memory_format=memory), gamma.clamp_(max=1 - 1e-7))
-        warm = min(1.0, (run.step + 1) / 300)
-        run.update(loss, args.rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1.0, run.seconds / limit)))))
-        run.seconds += min(time.monotonic() - begin, 5.0)  # a suspended process is not charged for its sleep
-        losses.append(loss.item())
-        if run.step % 200 == 0:
-            print(f"step {run.step} {run.seconds / 60:.1f} min loss {np.mean(losses):.4f}", flush=True)
+    losses: list[Tensor] = []
+    limit = minutes * 60
+    crops = Crops(pictures, crop=crop, batch=batch, seed=(seed, run.step))
+    begin = time.monotonic()
+    for pair in DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+        x, y0 = (side.to(device).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1) for side in pair)
+        gamma = draw_gamma(gammas, batch, rng).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = loss_of(run.net, x, y0, gamma)
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, run.seconds / limit)))
+        run.update(loss, rate * min(1.0, (run.step + 1) / WARM) * max(0.02, fall))
+        losses.append(loss.detach())
+        now = time.monotonic()
+        run.seconds += min(now - begin, 5.0)  # a suspended process is not charged for its sleep
+        begin = now
+        if run.step % 200 == 0 or run.seconds >= limit:
+            mean = torch.stack(losses).mean().item()
+            console.print(f"step {run.step}, {run.seconds / 60:.1f} of {minutes:g} minutes, loss {mean:.4f}")
             losses.clear()
             run.save(state)
-            write_weights(run, gammas, args.out)
-    run.save(state)
-    write_weights(run, gammas, args.out)
+            write_weights(run, gammas, output)
+        if run.seconds >= limit:
+            break
 
 
 if __name__ == "__main__":
-    main()
+    app = App(help=__doc__)
+    app.default(train)
+    app()

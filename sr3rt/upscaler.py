@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args, overload
+from typing import Any, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 
@@ -28,6 +28,19 @@ SHIPPED = Path(__file__).parent / "models" / "photo4x"
 OnStep = Callable[[int, int, Callable[[], Any]], bool | None]
 """`on_step(step, steps, preview)`: rows done so far (from 1) and in all, over every picture of the call; `preview()` makes the picture
 predicted so far, as the call would return it (for a list: a list, None for pictures that have not begun). Returning False cancels."""
+
+
+class Options(TypedDict, total=False):
+    """What a run can be told; `Upscaler.run` says what each means."""
+
+    steps: int | None
+    sampler: str | None
+    schedule: str | Sequence[float] | None
+    seed: int | Sequence[int] | None
+    consistency: Consistency | None
+    tile: str
+    on_step: OnStep | None
+    noise: Noise | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +86,10 @@ class Upscaler:
         self._threads, self._batch, self._limits = threads, batch, limits or Limits()
 
     @overload
-    def upscale(self, image: Sequence[ImageLike], **options: Any) -> list[Any]: ...
+    def upscale(self, image: Sequence[ImageLike], **options: Unpack[Options]) -> list[Any]: ...
     @overload
-    def upscale(self, image: ImageLike, **options: Any) -> Any: ...
-    def upscale(self, image: ImageLike | Sequence[ImageLike], **options: Any) -> Any:
+    def upscale(self, image: ImageLike, **options: Unpack[Options]) -> Any: ...
+    def upscale(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[Options]) -> Any:
         """The upscaled picture: PIL for a path, bytes or a PIL image, an array of the same dtype for an array; a list for a list.
 
         Options and errors are those of `run`; a PIL result carries its provenance in `info`.
@@ -261,7 +274,7 @@ def upscale(
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Any:
     """`load(model, …).upscale(image, …)` in one call; the two most recently used models stay loaded. Options: `Upscaler.run`."""
     path = (SHIPPED if model is None else Path(model)).absolute()

@@ -1,0 +1,211 @@
+"""Picture in, picture out, with a network of a few lines; the shipped model's own tests are in test_shipped.py."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from arithmetic import Arithmetic
+from PIL import Image
+
+import sr3rt
+from sr3rt import memory
+from sr3rt.bundle import Bundle, Defaults, Manifest
+from sr3rt.images import Limits
+from sr3rt.schedule import ScheduleSpec, ScheduleWarning
+from sr3rt.upscaler import Upscaler
+
+PHOTO = Path(__file__).parent / "data" / "kodim23_crop.png"
+MANIFEST = Manifest(
+    name="test",
+    architecture="arithmetic",
+    parameters=0,
+    channels=3,
+    scale=4,
+    stride=16,
+    prediction="x0",
+    level="sqrt_gamma",
+    trained=ScheduleSpec("linear", 2000, 1e-6, 1e-2),
+    defaults=Defaults(5, "ddim", "final"),
+)
+
+
+def upscaler(manifest: Manifest = MANIFEST, **options: Any) -> Upscaler:
+    return Upscaler(Bundle(Path("test"), manifest, "ab" * 32), Arithmetic(), threads=1, **options)
+
+
+@pytest.fixture
+def up() -> Upscaler:
+    return upscaler()
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.open(PHOTO).crop((0, 0, 23, 17))
+
+
+def test_kinds_of_input_give_the_matching_kind_of_output(up: Upscaler, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "in.png")
+    encoded = (tmp_path / "in.png").read_bytes()
+    pixels = np.asarray(photo)
+    results = [up.upscale(image, seed=1) for image in (photo, tmp_path / "in.png", str(tmp_path / "in.png"), encoded, pixels)]
+    assert all(isinstance(image, Image.Image) for image in results[:4])
+    assert isinstance(results[4], np.ndarray)
+    assert results[4].dtype == np.uint8
+    for image in results:
+        assert np.asarray(image).shape == (68, 92, 3)
+        assert (np.asarray(image) == results[4]).all()
+    assert up.upscale(pixels[..., 0], seed=1).shape == (68, 92)
+    assert up.upscale(pixels.astype(np.float32) / 255, seed=1).dtype == np.float32
+
+
+def test_a_list_of_different_sizes_comes_back_in_order(up: Upscaler, photo: Image.Image) -> None:
+    pictures = [photo, photo.resize((8, 8)), photo.resize((23, 17)), photo.resize((1, 1))]
+    results = up.upscale(pictures, seed=[3, 4, 5, 6])
+    assert [r.size for r in results] == [(92, 68), (32, 32), (92, 68), (4, 4)]
+    for picture, seed, result in zip(pictures, (3, 4, 5, 6), results, strict=True):
+        assert (np.asarray(up.upscale(picture, seed=seed)) == np.asarray(result)).all()
+    assert up.upscale([]) == []
+
+
+def test_a_batch_larger_than_the_slots_is_worked_off(photo: Image.Image) -> None:
+    small = upscaler(batch=2)
+    results = small.upscale([photo] * 5, seed=[0, 1, 2, 3, 4])
+    assert (np.asarray(results[4]) == np.asarray(upscaler().upscale(photo, seed=4))).all()
+    assert (np.asarray(results[4]) != np.asarray(results[3])).any()
+
+
+def test_defaults_come_from_the_bundle_and_the_run_is_recorded(up: Upscaler, photo: Image.Image) -> None:
+    (result,) = up.run(photo)
+    assert (result.steps, result.sampler, result.consistency) == (5, "ddim", "final")
+    again = up.upscale(photo, seed=result.seed)
+    assert (np.asarray(again) == np.asarray(result.image)).all()
+    assert result.image.info["sr3rt:seed"] == str(result.seed)
+    assert result.provenance["sr3rt:bundle"] == "ab" * 32
+
+
+def test_unseeded_runs_differ(up: Upscaler, photo: Image.Image) -> None:
+    first, second = up.run([photo, photo])
+    assert first.seed != second.seed
+
+
+def test_options_change_the_result_and_are_recorded(up: Upscaler, photo: Image.Image) -> None:
+    base = np.asarray(up.upscale(photo, seed=0))
+    for options in ({"steps": 9}, {"sampler": "sr3"}, {"consistency": "off"}, {"schedule": [0.9, 0.5, 0.01, 1e-4]}):
+        (result,) = up.run(photo, seed=0, **options)  # type: ignore[arg-type]
+        assert (np.asarray(result.image) != base).any()
+    assert result.steps == 4
+
+
+def test_on_step_sees_every_step_and_a_preview_in_the_callers_kind(up: Upscaler, photo: Image.Image) -> None:
+    seen = []
+
+    def on_step(step: int, steps: int, preview: Any) -> None:
+        seen.append((step, steps, preview()))
+
+    final = up.upscale(photo, seed=0, on_step=on_step)
+    assert [(step, steps) for step, steps, _ in seen] == [(k, 5) for k in range(1, 6)]
+    assert all(preview.size == (92, 68) for _, _, preview in seen)
+    assert (np.asarray(seen[-1][2]) == np.asarray(final)).all()
+
+
+def test_previews_of_a_list(photo: Image.Image) -> None:
+    seen = []
+    upscaler(batch=1).upscale([photo, photo], seed=0, on_step=lambda step, steps, preview: seen.append((step, steps, preview())))  # type: ignore[arg-type, return-value]
+    assert [(step, steps) for step, steps, _ in seen] == [(k, 10) for k in range(1, 11)]
+    assert seen[0][2][1] is None
+    assert all(image is not None for image in seen[-1][2])
+
+
+def test_on_step_false_cancels(up: Upscaler, photo: Image.Image) -> None:
+    with pytest.raises(sr3rt.Cancelled, match="after 2 of 5 steps"):
+        up.upscale(photo, on_step=lambda step, steps, preview: step < 2)
+
+
+def test_two_threads_on_one_upscaler_give_what_each_alone_gives(up: Upscaler, photo: Image.Image) -> None:
+    alone = [np.asarray(up.upscale(photo, seed=seed, steps=40)) for seed in (0, 1)]
+    found: dict[int, Any] = {}
+    threads = [
+        threading.Thread(target=lambda s=seed: found.update({s: np.asarray(up.upscale(photo, seed=s, steps=40))})) for seed in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((found[seed] == alone[seed]).all() for seed in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be between 1 and the 2000 .* found 0"),
+        ({"steps": 2001}, "found 2001"),
+        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 2**64}, "seed must be a whole number"),
+        ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"consistency": "sometimes"}, "unknown consistency 'sometimes'"),
+        ({"tile": 128}, "tile 128"),
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"schedule": [0.5, 0.1], "steps": 3}, "2 gammas and steps is 3"),
+    ],
+)
+def test_unusable_options_are_refused(up: Upscaler, photo: Image.Image, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(sr3rt.OptionError, match=message):
+        up.upscale(photo, **options)
+
+
+def test_n_timestep_makes_the_named_schedule_anew_and_warns(up: Upscaler, photo: Image.Image) -> None:
+    with pytest.warns(ScheduleWarning, match=r"gamma_T = 0\.605"):
+        (result,) = up.run(photo, steps=100, schedule="n_timestep", seed=0)
+    assert result.steps == 100
+    listed = upscaler(Manifest(**{**MANIFEST.__dict__, "trained": ScheduleSpec("gammas", gammas=(0.9, 0.001))}))
+    with pytest.raises(sr3rt.OptionError, match="needs a named trained schedule"):
+        listed.upscale(photo, steps=2, schedule="n_timestep")
+
+
+def test_pictures_over_the_limits_are_refused(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(sr3rt.ImageTooLarge, match="100"):
+        upscaler(limits=Limits(pixels=100)).upscale(photo)
+    monkeypatch.setattr(memory, "available", lambda: 100_000)
+    with pytest.raises(sr3rt.ImageTooLarge, match=r"a 92×68 result needs about .* GiB .* available"):
+        upscaler().upscale(photo)
+
+
+def test_attention_counts_towards_memory(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 100 * 2**20)
+    upscaler().upscale(photo)
+    with pytest.raises(sr3rt.ImageTooLarge):
+        upscaler(Manifest(**{**MANIFEST.__dict__, "attention_stride": 1})).upscale(photo)
+
+
+def test_what_is_no_picture_is_an_image_error(up: Upscaler, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    for bad in (tmp_path / "text.png", tmp_path / "missing.png", b"", 7):
+        with pytest.raises(sr3rt.ImageError):
+            up.upscale(bad)  # type: ignore[call-overload]
+
+
+def test_alpha_and_grey_come_through(up: Upscaler, photo: Image.Image) -> None:
+    alpha = photo.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize(photo.size))
+    assert up.upscale(alpha).mode == "RGBA"
+    assert up.upscale(photo.convert("L")).mode == "L"
+    buffer = io.BytesIO()
+    photo.convert("L").save(buffer, "JPEG")
+    assert up.upscale(buffer.getvalue()).mode == "L"
+
+
+def test_unknown_backends_precisions_and_devices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(sr3rt.BundleNotFound, match="expected a folder"):
+        sr3rt.load(tmp_path)
+    with pytest.raises(sr3rt.OptionError, match="unknown backend 'magic': expected auto, onnxruntime"):
+        sr3rt.load(backend="magic")
+    with pytest.raises(sr3rt.BackendError, match="precision 'fp16' was asked for"):
+        sr3rt.load(precision="fp16")
+    with pytest.raises(sr3rt.BackendError, match="device 'cuda' was asked for"):
+        sr3rt.load(device="cuda")
