@@ -13,10 +13,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    if __name__ != "__main__":  # `sr3rt export` says it itself
+        raise
+    from sr3rt.errors import MissingExtra
+
+    raise SystemExit(str(MissingExtra("export", "torch", "cpu,export"))) from None
 from cyclopts import App, Parameter
 from torch import nn
 
@@ -32,6 +40,7 @@ from sr3rt.bundle import (
     write_manifest,
     writing,
 )
+from sr3rt.errors import MissingExtra, OptionError
 from sr3rt.export import checkpoint as checkpoints
 from sr3rt.export import footprint, parity
 from sr3rt.samplers import Sampler
@@ -85,8 +94,9 @@ def export(
     overwrite
         Replace the output when it is a bundle.
     """
-    target = output or ckpt.with_suffix(".sr3")
+    target = output or ckpt.parent / f"{ckpt.stem}.sr3"
     check_target(target.absolute(), overwrite=overwrite)
+    _check_packages()
     with _progress() as progress:
         progress(f"reading {ckpt.name}")
         read = checkpoints.read(ckpt, config=config, norm_groups=norm_groups, image_size=image_size, scale=scale, on_progress=progress)
@@ -100,16 +110,17 @@ def export(
             figures = parity.measure(TorchNetwork(read.net), network, manifest, progress=progress)
             del network
             progress("measuring memory")
-            side = 2 * manifest.stride * max(1, 64 // manifest.stride)
-            manifest = replace(
-                manifest,
-                parity=figures,
-                bytes_per_pixel=footprint.bytes_per_pixel(folder, side),
-                attention_stride=footprint.attention_stride(read.net, side),
-            )
-            (folder / "sr3.json").unlink()
+            manifest = replace(manifest, parity=figures, attention_stride=footprint.attention_stride(read.net))
+            manifest = replace(manifest, bytes_per_pixel=footprint.bytes_per_pixel(folder, manifest))
             write_manifest(folder, manifest)
     return target
+
+
+def _check_packages() -> None:
+    """Raises MissingExtra for what would only be missed minutes later."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise MissingExtra("export", package, "cpu,export")
 
 
 def write_onnx(net: nn.Module, path: Path) -> None:
@@ -141,9 +152,11 @@ def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sample
     inference = read.inference
     spec = None if inference in (None, read.trained) else inference
     chosen = Sampler.parse(sampler or ("sr3" if read.variance == "paper" else "posterior"))
+    if steps is not None and not 1 <= steps <= len(read.gammas):
+        raise OptionError(f"steps must be between 1 and the {len(read.gammas)} that the network was trained with, found {steps}")
     count = steps or (inference.steps if inference else min(100, len(read.gammas)))
     return Manifest(
-        name=name,
+        name=name.encode("utf-8", "replace").decode(),  # a file's name may be any bytes
         architecture=read.architecture,
         parameters=sum(p.numel() for p in read.net.parameters()),
         channels=read.channels,

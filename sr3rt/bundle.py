@@ -7,7 +7,8 @@
 
 `sr3.json` is UTF-8 JSON whose own `sha256` field is the digest of the file's bytes with that field filled with 64 zeros. A name in
 `files` is a plain file name: no folder, no link, nothing in the directory that is not listed. Files are handed out as the bytes
-whose hash was checked. A bundle is written to a folder beside its target, synced, and renamed: it is there whole or not at all.
+whose hash was checked. A bundle is written to a hidden folder beside its target, synced, and renamed: it is there whole or not at
+all, whenever its writer is killed, and the next writer to that target removes what the killed one left.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -33,6 +33,8 @@ MANIFEST = "sr3.json"
 Consistency = Literal["off", "final", "every"]
 _ZEROS = "0" * 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MOST_STEPS = 1_000_000  # of a schedule that is made from a manifest: 500 times what networks are trained with
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Bundle:
         expected = self.manifest.files.get(name)
         if expected is None:
             raise BundleCorrupt(f"{self.path} lists no {name!r}: it has {', '.join(sorted(self.manifest.files)) or 'no files'}")
-        data = _read_plain(self.path, name)
+        data = _read_plain(self.path, name, expected["bytes"])
         digest = hashlib.sha256(data).hexdigest()
         if digest != expected["sha256"]:
             raise BundleCorrupt(
@@ -119,46 +121,64 @@ class Bundle:
 def writing(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it when the block ends, and vanishes when the block fails.
 
-    Raises OptionError when the target exists and `overwrite` is not set, or is not a bundle.
+    Raises OptionError when the target exists and `overwrite` is not set, is not a bundle, or is being written by another process.
     """
+    from filelock import FileLock, Timeout
+
     final = Path(target).absolute()
     check_target(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    partial, old, lock = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "old", "lock"))
+    alone = FileLock(lock)
     try:
-        yield folder
-        folder.chmod(0o755)
-        for path in (*folder.iterdir(), folder):
+        alone.acquire(timeout=0)
+    except Timeout:
+        raise OptionError(f"{final} is being written by another process: wait for it, or choose another name") from None
+    try:
+        _tidy(final, partial, old)  # after a writer that was killed
+        check_target(final, overwrite=overwrite)
+        partial.mkdir()
+        yield partial
+        for path in (*partial.iterdir(), partial):
             _sync(path)
         if final.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
-            os.rename(final, old / final.name)
-            os.rename(folder, final)
-            shutil.rmtree(old)
-        else:
-            os.rename(folder, final)
+            final.rename(old)
+        partial.rename(final)
         _sync(final.parent)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _tidy(final, partial, old)
+        lock.unlink(missing_ok=True)
+        alone.release()
+
+
+def _tidy(final: Path, partial: Path, old: Path) -> None:
+    """Remove what a writer left, done or not; a bundle that it moved away and did not replace goes back to its place."""
+    if old.exists() and not final.exists():
+        old.rename(final)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Raises OptionError when a bundle cannot be written to `target`: it exists, or is something that is not a bundle."""
-    if target.exists() and not overwrite:
-        raise OptionError(f"{target} exists: choose another name, or overwrite it with --overwrite")
+    if target.is_symlink():
+        raise OptionError(f"{target} is a symbolic link and will not be replaced: name the folder that it points to, or another")
     if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise OptionError(f"{target} is not a bundle (it has no sr3.json) and will not be replaced: choose another name")
+    if target.exists() and not overwrite:
+        raise OptionError(f"{target} exists: choose another name, or overwrite it with --overwrite")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hash every file in `folder` into `manifest.files` and write sr3.json there."""
+    """Hash every other file in `folder` into `manifest.files` and write sr3.json there."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(set(folder.iterdir()) - {folder / MANIFEST}):
         with path.open("rb") as stream:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
     text = json.dumps({**asdict(manifest), "files": files, "sha256": _ZEROS}, indent=1, ensure_ascii=False, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    (folder / MANIFEST).write_text(text.replace(_ZEROS, digest), encoding="utf-8")
+    head, _, tail = text.rpartition(_ZEROS)  # sha256 is last; a name may be zeros too
+    (folder / MANIFEST).write_text(f"{head}{digest}{tail}", encoding="utf-8")
 
 
 def _sync(path: Path) -> None:
@@ -169,13 +189,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_plain(folder: Path, name: str) -> bytes:
+def _read_plain(folder: Path, name: str, size: int | None = None) -> bytes:
+    """The bytes of a plain file, `size` of them where that is known."""
     if not _NAME.fullmatch(name):
         raise BundleCorrupt(f"{folder}/sr3.json names {name!r}: expected a plain file name of letters, digits, '.', '_' and '-'")
     path = folder / name
     if path.is_symlink() or not path.is_file():
-        raise BundleCorrupt(f"{path} is {'a symbolic link' if path.is_symlink() else 'missing'}: expected a plain file")
-    return path.read_bytes()
+        found = "a symbolic link" if path.is_symlink() else "not a file" if path.exists() else "missing"
+        raise BundleCorrupt(f"{path} is {found}: expected a plain file. Copy the bundle again, or export it again")
+    try:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
+            found_size = os.fstat(stream.fileno()).st_size
+            if size not in (None, found_size):
+                raise BundleCorrupt(
+                    f"{path} is damaged: it has {found_size:,} bytes, sr3.json says {size:,}. Copy the bundle again, or export it again"
+                )
+            return stream.read()
+    except OSError as error:
+        raise BundleCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _parse(data: bytes, folder: Path) -> tuple[Manifest, str]:
@@ -183,40 +214,49 @@ def _parse(data: bytes, folder: Path) -> tuple[Manifest, str]:
     try:
         content = json.loads(data)
         version, digest = content["format"], content["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleCorrupt(f"{where} is not a manifest ({error}): copy the bundle again, or export it again") from None
     if isinstance(version, int) and version > FORMAT:
         raise BundleIncompatible(f"{where} has format {version}, this sr3rt reads up to {FORMAT}: upgrade sr3rt")
-    if not isinstance(digest, str) or hashlib.sha256(data.replace(digest.encode(), _ZEROS.encode())).hexdigest() != digest:
+    stated = str(digest)
+    if not _DIGEST.fullmatch(stated) or hashlib.sha256(data.replace(stated.encode(), _ZEROS.encode())).hexdigest() != stated:
         raise BundleCorrupt(f"{where} is damaged: its contents do not have the SHA-256 that it states. Copy the bundle again")
     del content["sha256"]
     try:
         manifest = _manifest(content)
-        Sampler.parse(manifest.defaults.sampler)
-        manifest.trained.schedule()
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise BundleCorrupt(f"{where} is not a manifest of format {FORMAT}: {error}") from None
-    return manifest, digest
+    return manifest, stated
+
+
+_KINDS: dict[str, tuple[type, str]] = {"int": (int, "a whole number"), "str": (str, "a text"), "Mapping": (dict, "an object")}
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:
+    """From JSON, with every type and range checked. Raises nearly anything."""
+
     def spec(value: dict[str, Any]) -> ScheduleSpec:
-        return ScheduleSpec(**{**value, "gammas": tuple(value["gammas"])})
+        made = ScheduleSpec(**{**value, "gammas": tuple(value["gammas"])})
+        if type(made.steps) is not int or not max(made.steps, len(made.gammas)) <= _MOST_STEPS:
+            raise ValueError(f"a schedule has {made.steps!r} steps, expected at most {_MOST_STEPS}")
+        made.schedule()
+        return made
 
     defaults = content["defaults"]
     run = Defaults(**{**defaults, "schedule": defaults["schedule"] and spec(defaults["schedule"])})
     manifest = Manifest(**{**content, "trained": spec(content["trained"]), "defaults": run})
-    for name, allowed in (("prediction", Prediction), ("level", Level)):
-        if getattr(manifest, name) not in get_args(allowed):
-            raise ValueError(f"{name} is {getattr(manifest, name)!r}, expected one of {', '.join(get_args(allowed))}")
-    if run.consistency not in get_args(Consistency):
-        raise ValueError(f"consistency is {run.consistency!r}, expected one of {', '.join(get_args(Consistency))}")
+    for holder, name, allowed in ((manifest, "prediction", Prediction), (manifest, "level", Level), (run, "consistency", Consistency)):
+        if getattr(holder, name) not in get_args(allowed):
+            raise ValueError(f"{name} is {getattr(holder, name)!r}, expected one of {', '.join(get_args(allowed))}")
     for item in fields(manifest):
-        if item.type == "int" and (type(getattr(manifest, item.name)) is not int or getattr(manifest, item.name) < 0):
-            raise ValueError(f"{item.name} is {getattr(manifest, item.name)!r}, expected a whole number")
-    if not (manifest.channels and manifest.scale and manifest.stride):
-        raise ValueError("channels, scale and stride must be at least 1")
+        kind, expected = _KINDS.get(str(item.type).partition("[")[0], (object, ""))
+        value: Any = getattr(manifest, item.name)
+        if not isinstance(value, kind) or isinstance(value, bool) or (type(value) is int and value < 0):
+            raise ValueError(f"{item.name} is {value!r}, expected {expected}")
+    Sampler.parse(run.sampler)
+    if min(manifest.channels, manifest.scale, manifest.stride, manifest.format) < 1 or type(run.steps) is not int or run.steps < 1:
+        raise ValueError("channels, scale, stride, format and the default steps must be whole numbers from 1 on")
     for name, entry in manifest.files.items():
-        if not _NAME.fullmatch(name) or not re.fullmatch(r"[0-9a-f]{64}", str(entry["sha256"])):
-            raise ValueError(f"files lists {name!r} with SHA-256 {entry['sha256']!r}")
+        if not _NAME.fullmatch(name) or not _DIGEST.fullmatch(str(entry["sha256"])) or type(entry["bytes"]) is not int:
+            raise ValueError(f"files lists {name!r} as {entry!r}")
     return manifest

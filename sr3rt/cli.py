@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.markup import escape
 
@@ -20,7 +21,7 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 app = App(name="sr3rt", help="Runs trained SR3 super-resolution models, without torch.", version=__version__)
-app.command("sr3rt.export.to_onnx:export", name="export")
+app.command("sr3rt.export.to_onnx:export", name="export", help="Turn a trained checkpoint into a verified bundle (needs torch).")
 
 errors = Console(stderr=True)
 
@@ -95,7 +96,7 @@ def upscale(
                     source, steps=steps, sampler=sampler, seed=seed, consistency=consistency, on_step=start(source.name)
                 )
                 _write(source, target, result.image, result.provenance if provenance else None, compare=compare)
-            except (SR3Error, OSError) as error:
+            except (SR3Error, OSError, MemoryError) as error:
                 if isinstance(error, OptionError):
                     raise
                 failed += 1
@@ -136,14 +137,19 @@ def doctor() -> int:
 def run_command(command: App, arguments: list[str] | None = None) -> None:
     """Run a command line and exit: 0, 1 for an error that is printed in one line, 2 for wrong usage, 130 when interrupted."""
     try:
-        status = command(arguments, exit_on_error=True, result_action="return_value")
-    except SR3Error as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _complain(f"warning: {message}")
+            status = command(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:  # which it has printed
+        sys.exit(2)
+    except (SR3Error, OSError) as error:
         _complain(str(error))
         sys.exit(1)
-    except ModuleNotFoundError as error:
-        if error.name not in EXPORT_PACKAGES:
+    except ImportError as error:
+        missing = error.__cause__ or error  # cyclopts wraps what the exporter's own imports raise
+        if not isinstance(missing, ModuleNotFoundError) or missing.name not in EXPORT_PACKAGES:
             raise
-        _complain(str(MissingExtra("export", error.name, "cpu,export")))
+        _complain(str(MissingExtra("export", missing.name, "cpu,export")))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -161,16 +167,24 @@ def _complain(text: str) -> None:
 
 def _work(source: Path, output: Path) -> list[tuple[Path, Path]]:
     """Pairs of picture and target. Two pictures of a folder that differ only by suffix keep theirs: a.jpg.png."""
+    from sr3rt.saving import SUFFIXES as WRITTEN
+
     if not source.exists():
         raise OptionError(f"there is no {source}: give -i a picture or a folder of pictures")
     if source.is_file():
-        return [(source, output / f"{source.stem}.png" if output.is_dir() else output)]
+        target = output / f"{source.stem}.png" if output.is_dir() else output
+        if target.suffix.lower() not in WRITTEN:
+            raise OptionError(f"{target} is no folder and its suffix names no format: give -o a folder that exists, or NAME.png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return [(source, target)]
     pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not pictures:
         raise OptionError(f"{source} holds no pictures: expected files ending in {', '.join(SUFFIXES)}")
     if output.exists() and not output.is_dir():
         raise OptionError(f"{source} is a folder and {output} is a file: give -o a folder")
     output.mkdir(parents=True, exist_ok=True)
+    if output.samefile(source):
+        raise OptionError(f"{output} is the folder with the pictures: give -o another, so that no picture is taken for a result")
     stems = [path.stem for path in pictures]
     return [(p, output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png") for p in pictures]
 

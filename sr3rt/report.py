@@ -7,8 +7,11 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table
 
 from sr3rt import __version__, backends
@@ -24,19 +27,20 @@ def describe(path: Path) -> Table:
     bundle = Bundle.open(path)
     bundle.verify()
     manifest, run = bundle.manifest, bundle.manifest.defaults
-    table = _table(f"{manifest.name} ({path})")
-    table.add_row("network", f"{manifest.architecture}, {manifest.parameters:,} parameters, {manifest.channels} channels")
+    table = _table(escape(f"{manifest.name} ({path})"))
+    table.add_row("network", escape(f"{manifest.architecture}, {manifest.parameters:,} parameters, {manifest.channels} channels"))
     table.add_row("scale", f"{manifest.scale}×, sides padded to a multiple of {manifest.stride}")
     table.add_row("predicts", f"{manifest.prediction}, given {manifest.level}")
-    table.add_row("trained on", str(manifest.trained))
+    table.add_row("trained on", escape(str(manifest.trained)))
     at = run.schedule or "the trained schedule respaced"
-    table.add_row("by default", f"{run.steps} steps, sampler {run.sampler}, consistency {run.consistency}, {at}")
+    table.add_row("by default", escape(f"{run.steps} steps, sampler {run.sampler}, consistency {run.consistency}, {at}"))
     for name, figure in manifest.parity.items():
         if isinstance(figure, Mapping):
-            table.add_row(f"parity: {name}", f"{figure['worst']:.2g} (limit {figure['limit']:.2g}; {figure['unit']})")
+            worst, limit = (_short(figure.get(key)) for key in ("worst", "limit"))
+            table.add_row(escape(f"parity: {name}"), escape(f"{worst} (limit {limit}; {figure.get('unit')})"))
     for name, value in manifest.source.items():
         lines = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        table.add_row(name.replace("_", " "), "\n".join(lines) or "none")
+        table.add_row(escape(name.replace("_", " ")), escape("\n".join(lines)) or "none")
     for name, entry in manifest.files.items():
         table.add_row(name, f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256']} [green]verified[/green]")
     table.add_row("bundle", f"SHA-256 {bundle.sha256}")
@@ -57,7 +61,7 @@ def examine() -> tuple[Table, bool]:
     for name in backends.MODULES:
         reason = backends.why_not(name) or _try(name)
         healthy |= reason is None
-        table.add_row(f"backend {name}", "[green]works[/green]" if reason is None else f"[red]cannot run[/red]: {reason}")
+        table.add_row(f"backend {name}", "[green]works[/green]" if reason is None else f"[red]cannot run[/red]: {escape(reason)}")
     return table, healthy
 
 
@@ -65,15 +69,27 @@ def side_by_side(source: Path, result: Image.Image) -> Image.Image:
     """Input (nearest neighbour), bicubic and result, at the result's size, 4 px apart on white."""
     picture = read(source)
     small = restore(picture, condition(picture, scale=1, stride=1).x, scale=1)
-    assert isinstance(small, Image.Image)
-    small = small.convert("RGB")
+    small = _rgb(small)
     parts = [small.resize(result.size, Image.Resampling.NEAREST), small.resize(result.size, Image.Resampling.BICUBIC)]
-    parts.append(result.convert("RGB"))
+    parts.append(_rgb(result))
     width, height = result.size
     sheet = Image.new("RGB", (3 * width + 8, height), "white")
     for i, part in enumerate(parts):
         sheet.paste(part, (i * (width + 4), 0))
     return sheet
+
+
+def _rgb(image: Any) -> Image.Image:
+    """8 bits per channel, without alpha."""
+    assert isinstance(image, Image.Image)
+    if image.mode == "I;16":  # which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    rgb: Image.Image = image.convert("RGB")
+    return rgb
+
+
+def _short(value: object) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _try(name: str) -> str | None:

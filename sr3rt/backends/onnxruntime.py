@@ -59,7 +59,7 @@ class OrtNetwork:
         self._session = session
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
-        """As `Network.bind`. The arrays' memory is bound, not copied."""
+        """As `Network.bind`. The arrays' memory is bound, not copied. A call raises BackendError, above all when memory runs out."""
         binding = self._session.io_binding()
         for name, array in (("x", x), ("y", y), ("level", level)):
             binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
@@ -68,6 +68,11 @@ class OrtNetwork:
 
         def run() -> None:
             assert arrays
-            self._session.run_with_iobinding(binding)
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:  # onnxruntime's own exceptions have no common base
+                raise BackendError(
+                    f"onnxruntime failed on {'×'.join(map(str, x.shape))} (batch, channels, height, width): {error}"
+                ) from error
 
         return run
