@@ -197,13 +197,18 @@ def _progress() -> Iterator[Progress]:
         yield progress
 
 
+def command(name: str) -> App:
+    """The command line of `export`, under that name."""
+    app = App(name=name, help=__doc__, version=__version__)
+    app.default(export)
+    return app
+
+
 def main() -> None:
     """Command line of this file."""
     from sr3rt.cli import run_command
 
-    app = App(name="to_onnx", help=__doc__, version=__version__)
-    app.default(export)
-    run_command(app)
+    run_command(command("to_onnx"))
 
 
 if __name__ == "__main__":

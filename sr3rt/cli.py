@@ -21,7 +21,6 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 app = App(name="sr3rt", help="Runs trained SR3 super-resolution models, without torch.", version=__version__)
-app.command("sr3rt.export.to_onnx:export", name="export", help="Turn a trained checkpoint into a verified bundle (needs torch).")
 
 errors = Console(stderr=True)
 
@@ -134,6 +133,14 @@ def doctor() -> int:
     return 0 if healthy else 1
 
 
+@app.command(help_flags=[], version_flags=[])
+def export(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
+    """Turn a trained checkpoint into a verified bundle (needs torch); `sr3rt export --help` says how."""
+    from sr3rt.export.to_onnx import command  # only now: nothing else here needs torch
+
+    run_command(command("sr3rt export"), list(arguments))
+
+
 def run_command(command: App, arguments: list[str] | None = None) -> None:
     """Run a command line and exit: 0, 1 for an error that is printed in one line, 2 for wrong usage, 130 when interrupted."""
     try:
@@ -145,11 +152,10 @@ def run_command(command: App, arguments: list[str] | None = None) -> None:
     except (SR3Error, OSError) as error:
         _complain(str(error))
         sys.exit(1)
-    except ImportError as error:
-        missing = error.__cause__ or error  # cyclopts wraps what the exporter's own imports raise
-        if not isinstance(missing, ModuleNotFoundError) or missing.name not in EXPORT_PACKAGES:
+    except ModuleNotFoundError as error:
+        if error.name not in EXPORT_PACKAGES:
             raise
-        _complain(str(MissingExtra("export", missing.name, "cpu,export")))
+        _complain(str(MissingExtra("export", error.name, "cpu,export")))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
