@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageCms
 
 from sr3rt.errors import ImageError, ImageTooLarge
 from sr3rt.images import Limits, Picture, condition, padded, read, restore
@@ -450,88 +449,6 @@ def test_other_objects_and_modes_are_refused() -> None:
 def test_a_prediction_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ImageError, match=r"\(3, 10, 10\).*at least 288, at least 384"):
         restore(read(photograph()), np.zeros((3, 10, 10), np.float32), scale=4)
-
-
-# --- files out -------------------------------------------------------------------------------------------------------------
-
-
-PROVENANCE = {"sr3rt:seed": "7", "sr3rt:sampler": "ddim η=0"}
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".ppm", ".PNG"])
-def test_a_lossless_file_gives_the_picture_back(suffix: str, tmp_path: Path) -> None:
-    save(photograph(), tmp_path / f"out{suffix}", provenance=PROVENANCE)
-    assert np.array_equal(np.asarray(reopened(tmp_path / f"out{suffix}")), pixels())
-    assert [file.name for file in tmp_path.iterdir()] == [f"out{suffix}"]
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
-def test_a_lossy_file_is_close_and_has_no_exif(suffix: str, tmp_path: Path) -> None:
-    image = photograph()
-    image.info["exif"] = Image.Exif().tobytes()
-    save(image, tmp_path / f"out{suffix}")
-    read_back = reopened(tmp_path / f"out{suffix}")
-    assert "exif" not in read_back.info
-    assert np.abs(np.asarray(read_back).astype(int) - pixels()).mean() < 4
-
-
-def comment(path: Path) -> str:
-    image = reopened(path)
-    return str(image.tag_v2.get(270) if isinstance(image, TiffImagePlugin.TiffImageFile) else image.info.get("comment"))
-
-
-def test_provenance_is_in_the_file(tmp_path: Path) -> None:
-    save(photograph(), tmp_path / "out.png", provenance=PROVENANCE)
-    png = reopened(tmp_path / "out.png")
-    assert isinstance(png, PngImagePlugin.PngImageFile)
-    assert {key: str(text) for key, text in png.text.items()} == PROVENANCE
-    for name in ("jpg", "tif"):
-        save(photograph(), tmp_path / f"out.{name}", provenance=PROVENANCE)
-        save(photograph(), tmp_path / f"plain.{name}")
-        assert "sr3rt:seed" in comment(tmp_path / f"out.{name}")
-        assert "sr3rt" not in comment(tmp_path / f"plain.{name}")
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "message"),
-    [
-        ("out.jpg", "RGBA", "JPEG cannot hold a picture of mode RGBA; write it as .png"),
-        ("out.bmp", "LA", "BMP cannot hold"),
-        ("out.webp", "I;16", r"write it as \.png, \.tif"),
-        ("out.gif", "RGB", r"suffix '\.gif' names no format"),
-        ("out", "RGB", "suffix ''"),
-        ("absent/out.png", "RGB", "cannot be written: No such file or directory"),
-    ],
-)
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(name: str, mode: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=message):
-        save(Image.new(mode, (4, 4)), tmp_path / name)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_picture_too_wide_for_the_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="70000×1 pixels cannot be written as JPEG"):
-        save(Image.new("L", (70000, 1)), tmp_path / "out.jpg")
-
-
-def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out.png"
-    target.write_bytes(b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ImageError, match="No space left on device"):
-        save(photograph(), target)
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_new_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    (tmp_path / "other").touch()
-    save(photograph(), tmp_path / "out.png")
-    assert (tmp_path / "out.png").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_picture_says_its_size() -> None:
