@@ -3,7 +3,8 @@
 Photographs are cropped at random scales and flipped; the low-resolution picture is made by PIL's bicubic, as the runtime's condition
 is. γ is drawn as the paper does (section 2.4: t uniform, then γ uniform between its neighbours on the trained schedule), the loss is
 the mean square of the scaled network's error (EDM, arXiv 2206.00364, eq. 8), and an exponential moving average of the weights is
-what is saved. Interrupting is safe: the run resumes from `FILE.state`. `--start` continues from a bundle's weights instead.
+what is saved. Interrupting is safe: the run resumes from `FILE.state`. `--start` continues from the weights of a bundle or of another such
+file instead.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from cyclopts import App, Parameter
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sr3rt.bundle import Bundle
 from sr3rt.errors import OptionError
-from sr3rt.export.nets.compact import SIGMA, CompactConfig, CompactUNet
+from sr3rt.export.nets.compact import COARSE, DETAIL, CompactConfig, CompactUNet, bands
 
 SCALE = 4
+TYPICAL = 0.002  # median over crops of the energy of x's details at half resolution
 WARM = 300  # steps over which the rate rises
 Pixels = NDArray[np.uint8]
 
 
-def path_gammas(steps: int = 1000, middle: float = 0.25) -> NDArray[np.float64]:
+def path_gammas(steps: int = 1000, middle: float = 0.16) -> NDArray[np.float64]:
     """γ of the straight path from picture to noise (rectified flow, arXiv 2209.03003), shifted so that half of it has σ < `middle`.
 
-    σ_t = middle·t/(1−t) at t = i/(steps+1); γ = 1/(1+σ²). Falls from 1 − 6e-8 to 1.6e-5 for the defaults.
+    σ_t = middle·t/(1−t) at t = i/(steps+1); γ = 1/(1+σ²). Falls from 1 − 2.6e-8 to 3.9e-5 for the defaults.
     """
     t = np.arange(1, steps + 1, dtype=np.float64) / (steps + 1)
     return 1 / (1 + (middle * t / (1 - t)) ** 2)
@@ -103,13 +104,21 @@ def draw_gamma(gammas: NDArray[np.float64], batch: int, rng: np.random.Generator
 
 
 def loss_of(net: CompactUNet, x: Tensor, y0: Tensor, gamma: Tensor) -> Tensor:
-    """Mean square of the scaled network's error, which weighs every noise level alike. gamma: (B, 1) float64."""
+    """Weighed mean squares of the scaled network's errors, coarse and detail bands alike, whatever the level. gamma: (B, 1) float64.
+
+    Quality is judged by the mean of decibels, a logarithm, in which a picture with little contrast counts as much as one with a lot.
+    So each crop's weight is about the inverse of the error that bicubic makes there, as far as `x` foretells it: the energy of its
+    details at half resolution, which explains 90 % of the logarithm's variance. A weight that knew y0 would bias the prediction.
+    """
     sigma = (1 / gamma - 1).sqrt().to(torch.float32)[:, :, None, None]
-    spread = (sigma**2 + SIGMA**2).sqrt()
-    noise = torch.randn_like(y0)
-    residual = y0 - x
-    target = (residual * sigma - noise * SIGMA**2) / (SIGMA * spread)
-    return F.mse_loss(net.inner(x, (residual + sigma * noise) / spread, sigma.flatten(1).log()), target)
+    spread = (sigma**2 + DETAIL**2).sqrt()
+    coarse, details = bands(y0 - x)
+    noise = torch.randn_like(details)
+    target = (details * sigma - noise * DETAIL**2) / (DETAIL * spread)
+    low, high = net.inner(x, (details + sigma * noise) / spread, sigma.flatten(1).log())
+    weight = 1 / (bands(bands(x)[0])[1].square().mean((1, 2, 3)) / TYPICAL + 0.2)
+    errors = (low - coarse / COARSE).square().mean((1, 2, 3)) + (high - target).square().mean((1, 2, 3))
+    return (weight * errors).mean()
 
 
 class Run:
@@ -157,14 +166,17 @@ def write_weights(run: Run, gammas: NDArray[np.float64], out: Path) -> None:
     os.replace(temporary, out)
 
 
-def from_bundle(path: Path) -> CompactUNet:
-    """The network of a bundle that `export/to_onnx.py` made from this script's file: ONNX initialisers carry the tensors' names."""
-    import onnx
-    from onnx import numpy_helper
+def from_file(path: Path) -> CompactUNet:
+    """The network of this script's safetensors file, or of the bundle that `export/to_onnx.py` made from one."""
+    if path.is_dir():
+        import onnx
+        from onnx import numpy_helper
 
+        graph = onnx.load_from_string(Bundle.open(path).read("network.onnx")).graph  # whose initialisers carry the tensors' names
+        found = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    else:
+        found = load_file(path)
     net = CompactUNet(CompactConfig())
-    graph = onnx.load_from_string(Bundle.open(path).read("network.onnx")).graph
-    found = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     missing = [name for name in net.state_dict() if name not in found]
     if missing:
         raise OptionError(f"{path} is not of this script's network: it has no tensor {missing[0]}")
@@ -199,7 +211,7 @@ def train(
     hold_out
         Glob of the pictures never to train on.
     start
-        Bundle to take the first weights from.
+        Bundle, or safetensors file of this script, to take the first weights from.
     minutes
         Training time, over all resumed parts; the rate falls to nearly 0 by then.
     batch
@@ -220,7 +232,7 @@ def train(
         Of crops, levels and noise.
     """
     torch.set_num_threads(threads)
-    run = Run(from_bundle(start) if start else CompactUNet(CompactConfig()), rate=rate, decay=decay, device=device)
+    run = Run(from_file(start) if start else CompactUNet(CompactConfig()), rate=rate, decay=decay, device=device)
     state = output.with_suffix(".state")
     if state.exists():
         run.resume(state)

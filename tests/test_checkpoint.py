@@ -174,7 +174,7 @@ def test_the_moving_average_is_preferred_and_said(file, wrapper):
 @pytest.mark.parametrize(
     ("architecture", "net"),
     [
-        ("compact", CompactUNet(CompactConfig(widths=(8, 16), blocks=(1, 1), norm_groups=4, embedding=16))),
+        ("compact", CompactUNet(CompactConfig(widths=(8, 16), blocks=(1, 1), embedding=16))),
         ("paper", PaperUNet(PaperConfig(width=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4))),
     ],
 )

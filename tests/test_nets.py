@@ -99,7 +99,7 @@ SMALL = {
     "sr3": JanspiryUNet(JanspiryConfig(inner=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4)),
     "ddpm": JanspiryUNet(JanspiryConfig("ddpm", inner=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4)),
     "paper": PaperUNet(PaperConfig(width=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4)),
-    "compact": CompactUNet(CompactConfig(widths=(8, 16), blocks=(1, 1), norm_groups=4, embedding=16)),
+    "compact": CompactUNet(CompactConfig(widths=(8, 16), blocks=(1, 1), embedding=16)),
 }
 
 
