@@ -1,5 +1,6 @@
 # make demo    upscale a photograph in a fresh environment without torch
 # make test    every test, in an environment of its own; PIP_EXTRA_INDEX_URL with PyTorch's CPU index saves a large download
+# make bench   time every contender that runs here: benchmarks/report/report.html; for believable figures, on a quiet machine
 # make check   lint, format, types
 # make clean   remove environments and everything built
 
@@ -17,7 +18,7 @@ RUNTIME_TESTS = $(shell grep -LE '^ *(import|from) +(torch|onnx|onnxscript|safet
 	| grep -v test_package)
 NUMPY1_WORKS := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info < (3, 13) else "")')
 
-.PHONY: demo test test-numpy1 check clean
+.PHONY: demo test test-numpy1 bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV_DEMO)
@@ -30,6 +31,9 @@ test: $(VENV) $(if $(NUMPY1_WORKS),test-numpy1)
 
 test-numpy1: $(VENV_NUMPY1)
 	.venv-numpy1/bin/python -m pytest -q $(RUNTIME_TESTS)
+
+bench: $(VENV)
+	.venv/bin/python -m pytest -q benchmarks/ $(BENCH)
 
 check: $(VENV)
 	.venv/bin/ruff check .
@@ -55,4 +59,4 @@ $(VENV_NUMPY1): $(NATIVE)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-numpy1 build dist demo .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-demo .venv-numpy1 build dist demo .benchmarks benchmarks/.cache benchmarks/report .mypy_cache .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ bundle with several seeds. Reported, against the crop itself:
 
 - PSNR over RGB of 8-bit pictures, mean over crops of the dB, minus bicubic's: of one sample (mean over seeds), and of the mean of
   all samples;
+- SSIM (Wang et al. 2004, scikit-image's with the paper's Gaussian window), one sample;
 - high frequencies: energy of the spectrum above half of Nyquist's frequency (radially; mean removed, Hann window against the
   borders), summed over the crops, as a share of the originals';
 - consistency: PSNR between the result shrunk again and the input (the paper's section 4), one sample.
@@ -21,6 +22,7 @@ import numpy as np
 from cyclopts import App, Parameter
 from numpy.typing import NDArray
 from PIL import Image
+from skimage.metrics import structural_similarity
 
 import sr3rt
 from sr3rt.bundle import Consistency
@@ -42,9 +44,18 @@ class Quality:
     bicubic: float
     one: float
     mean: float
+    ssim: float
+    bicubic_ssim: float
     high_frequencies: float
     bicubic_high_frequencies: float
     consistency_db: float
+
+    def __str__(self) -> str:
+        """A line of the table that `main` prints."""
+        return (
+            f"| {self.sampler} | {self.steps} | {self.consistency} | {self.one:+.2f} dB | {self.mean:+.2f} dB ({self.samples}) | "
+            f"{self.ssim:.3f} | {self.high_frequencies:.3f} | {self.consistency_db:.1f} dB |"
+        )
 
 
 def crops(picture: Image.Image) -> list[Image.Image]:
@@ -62,6 +73,13 @@ def psnr(picture: NDArray[np.generic], original: Pixels) -> float:
     """dB, of pictures on the scale 0…255."""
     error = np.mean((picture.astype(np.float64) - original.astype(np.float64)) ** 2)
     return float(20 * np.log10(255) - 10 * np.log10(max(float(error), 1e-9)))
+
+
+def ssim(picture: Pixels, original: Pixels) -> float:
+    """Structural similarity over RGB, 1 for equal pictures."""
+    return float(
+        structural_similarity(original, picture, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)  # type: ignore[no-untyped-call]
+    )
 
 
 def high_frequency_energy(picture: NDArray[np.generic]) -> float:
@@ -109,6 +127,8 @@ def measure(
         bicubic=base,
         one=float(one) - base,
         mean=float(mean) - base,
+        ssim=float(np.mean([ssim(p, t) for p, t in zip(pictures[0], truth, strict=True)])),
+        bicubic_ssim=float(np.mean([ssim(b, t) for b, t in zip(bicubic, truth, strict=True)])),
         high_frequencies=float(np.mean([sum(high_frequency_energy(p) for p in run) for run in pictures])) / energy,
         bicubic_high_frequencies=sum(high_frequency_energy(b) for b in bicubic) / energy,
         consistency_db=float(np.mean(agreement)),
@@ -155,20 +175,17 @@ def main(
     upscaler = sr3rt.load(model)
     originals = [crop for path in sorted(images.glob(names)) for crop in crops(Image.open(path).convert("RGB"))]
     rows = []
-    print(
-        "| sampler | steps | consistency | one sample | mean of samples | high frequencies | consistency |\n|---|---|---|---|---|---|---|"
-    )
+    head = ("sampler", "steps", "consistency", "one sample", "mean of samples", "SSIM", "high frequencies", "consistency")
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for method in sampler or (None,):
         for count in steps or (None,):
-            q = measure(upscaler, originals, samples=samples, steps=count, sampler=method, consistency=consistency)
-            rows.append(asdict(q))
-            print(
-                f"| {q.sampler} | {q.steps} | {q.consistency} | {q.one:+.2f} dB | {q.mean:+.2f} dB ({q.samples}) | "
-                f"{q.high_frequencies:.3f} | {q.consistency_db:.1f} dB |",
-                flush=True,
-            )
+            quality = measure(upscaler, originals, samples=samples, steps=count, sampler=method, consistency=consistency)
+            rows.append(asdict(quality))
+            print(quality, flush=True)
+    q = rows[0]
     print(
-        f"\nover {len(originals)} crops; bicubic: {rows[0]['bicubic']:.2f} dB, high frequencies {rows[0]['bicubic_high_frequencies']:.4f}"
+        f"\nover {q['crops']} crops; bicubic: {q['bicubic']:.2f} dB, SSIM {q['bicubic_ssim']:.3f}, high frequencies "
+        f"{q['bicubic_high_frequencies']:.4f}"
     )
     if output:
         output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

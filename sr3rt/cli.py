@@ -1,4 +1,4 @@
-"""The command line: `sr3rt upscale | info | doctor | export`."""
+"""The command line: `sr3rt upscale | info | doctor | bench | export`."""
 
 from __future__ import annotations
 
@@ -131,6 +131,40 @@ def doctor() -> int:
     table, healthy = examine()
     Console().print(table)
     return 0 if healthy else 1
+
+
+@app.command
+def bench(bundle: Path | None = None, /, *, size: int = 256, batch: int = 1, seconds: float = 10, threads: int = 0) -> int:
+    """Time a bundle's steps on every backend that works here; `pytest benchmarks/` in the repository compares with PyTorch.
+
+    Parameters
+    ----------
+    bundle
+        The bundle; the one that ships when not given.
+    size
+        Side of the result, pixels.
+    batch
+        Pictures at a time.
+    seconds
+        How long to measure.
+    threads
+        0: one for each core that this process may use.
+    """
+    from sr3rt.bench import measure
+    from sr3rt.bundle import Bundle
+    from sr3rt.report import timings
+    from sr3rt.upscaler import SHIPPED
+
+    opened = Bundle.open(bundle or SHIPPED)
+    rows, missing = measure(opened, size=size, batch=batch, seconds=seconds, threads=threads)
+    for name, reason in missing.items():
+        errors.print(f"{name} is left out: {escape(reason)}")
+    if not rows:
+        return 1
+    Console().print(timings(opened, rows, size=size, batch=batch))
+    if not all(row.quiet for row in rows):
+        _complain("warning: other processes used more than 8 % of this machine meanwhile; the figures are not to be trusted")
+    return 0
 
 
 @app.command(help_flags=[], version_flags=[])

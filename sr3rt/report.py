@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from sr3rt import __version__, backends
+from sr3rt import __version__, backends, environment
+from sr3rt.bench import Row
 from sr3rt.bundle import Bundle
 from sr3rt.errors import SR3Error
 from sr3rt.images import condition, read, restore
-
-PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "onnx", "onnxscript", "safetensors")
 
 
 def describe(path: Path) -> Table:
@@ -52,17 +50,37 @@ def examine() -> tuple[Table, bool]:
     table = _table("sr3rt doctor")
     table.add_row("sr3rt", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
-    for name in PACKAGES:
-        try:
-            table.add_row(name, version(name))
-        except PackageNotFoundError:
-            table.add_row(name, "[dim]not installed[/dim]")
+    for name, version in environment.packages().items():
+        table.add_row(name, version or "[dim]not installed[/dim]")
     healthy = False
     for name in backends.MODULES:
         reason = backends.why_not(name) or _try(name)
         healthy |= reason is None
         table.add_row(f"backend {name}", "[green]works[/green]" if reason is None else f"[red]cannot run[/red]: {escape(reason)}")
     return table, healthy
+
+
+def timings(bundle: Bundle, rows: Sequence[Row], *, size: int, batch: int) -> Table:
+    """A table of `sr3rt bench`, a column for each backend, with the versions that matter."""
+    manifest = bundle.manifest
+    facts = environment.describe(threads=0)
+    versions = ", ".join(f"{name} {version}" for name, version in environment.packages().items() if version)
+    table = Table(title=escape(f"{manifest.name}, {size}×{size}, batch {batch}"), caption=escape(f"{facts['cpu']}; {versions}"))
+    table.add_column("backend")
+    for row in rows:
+        table.add_column(f"{row.backend}, {row.precision}")
+    figures: dict[str, Callable[[Row], str]] = {
+        "load": lambda row: f"{row.load:.2f} s",
+        "step, p50": lambda row: f"{1e3 * row.step.p50:.1f} ms",
+        "step, p90": lambda row: f"{1e3 * row.step.p90:.1f} ms",
+        "spread, steps": lambda row: f"±{row.step.spread:.1%}, {row.step.n}",
+        "outside the network": lambda row: f"{row.outside:.1%}",
+        "steps/s": lambda row: f"{batch / row.step.p50:.2f}",
+        f"pictures/s at {manifest.defaults.steps} steps": lambda row: f"{batch / row.step.p50 / manifest.defaults.steps:.3f}",
+    }
+    for name, figure in figures.items():
+        table.add_row(name, *map(figure, rows))
+    return table
 
 
 def side_by_side(source: Path, result: Image.Image) -> Image.Image:

@@ -1,0 +1,1 @@
+"""How fast, how good: `pytest benchmarks/` writes benchmarks/report/."""

@@ -1,0 +1,46 @@
+"""Options of `pytest benchmarks/`, and the report that it leaves in benchmarks/report/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.latency import Plan
+from sr3rt.backends import Request
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sr3rt")
+    group.addoption("--full", action="store_true", help="every workload, contender and batch size; hours on a CPU")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where contenders run")
+    group.addoption("--threads", type=int, default=0, help="of each contender, on a CPU; 0: one for each core")
+    group.addoption("--seconds", type=float, default=None, help="for the rounds of one workload at one batch size")
+    group.addoption("--report", type=Path, default=Path(__file__).parent / "report", help="folder for report.json and report.html")
+
+
+@pytest.fixture(scope="session")
+def plan(request: pytest.FixtureRequest) -> Plan:
+    """How to measure, from the command line."""
+    option = request.config.getoption
+    threads = Request(threads=option("--threads")).thread_count
+    if option("--full"):
+        return Plan(option("--device"), threads, option("--seconds") or 120, measured=(25, 100))
+    return Plan(option("--device"), threads, option("--seconds") or 30, steps=4, measured=())
+
+
+@pytest.fixture(scope="session")
+def entries(request: pytest.FixtureRequest, plan: Plan) -> Iterator[list[dict[str, Any]]]:
+    """Where the versus tests put their entries; written as a report at the end."""
+    from benchmarks.report import write
+    from sr3rt.environment import describe
+
+    environment = describe(threads=plan.threads)
+    found: list[dict[str, Any]] = []
+    yield found
+    if found:
+        folder = request.config.getoption("--report")
+        write(folder, {"environment": environment, "entries": found})
+        print(f"\nreport: {folder / 'report.html'}")

@@ -1,0 +1,142 @@
+"""Who is compared. Each contender runs in a process of its own (`benchmarks/worker.py`)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from benchmarks.workloads import TRAINED, Workload
+from sr3rt import backends
+from sr3rt.backends import Floats
+from sr3rt.bench import EngineLoop, Noise
+from sr3rt.samplers import Sampler, Table, table
+from sr3rt.schedule import respace
+
+SAMPLER = Sampler("posterior")  # what the public implementation runs
+
+
+class Stepper(Protocol):
+    """A contender at work on one workload: step after step, picture after picture."""
+
+    @property
+    def network(self) -> float: ...
+    def start(self, noise: Noise | None = None) -> None: ...
+    def step(self) -> None: ...
+    def finish(self) -> None: ...
+    def prediction(self) -> Floats: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a contender is given. steps: of a picture. plant: share of a step's time that ours wastes, to see whether that is noticed."""
+
+    workload: Workload
+    batch: int
+    steps: int
+    threads: int
+    device: str
+    plant: float | None = None
+
+    def rows(self) -> Table:
+        manifest = self.workload.bundle().manifest
+        trained = TRAINED if self.workload.name != "shipped" else manifest.trained
+        return table(SAMPLER, respace(trained.schedule(), self.steps), prediction=manifest.prediction, level=manifest.level)
+
+    def condition(self) -> Floats:
+        """x, the same in every process: smooth, as an upsampled picture is."""
+        rng, side = np.random.default_rng(0), self.workload.side
+        coarse = rng.uniform(-1, 1, (self.batch, 3, side // 8, side // 8)).astype(np.float32)
+        return np.ascontiguousarray(coarse.repeat(8, axis=2).repeat(8, axis=3))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """name: as in test names and reports. package: what it needs imported. why_not(device): why it cannot run here, or None."""
+
+    name: str
+    title: str
+    package: str
+    make: Callable[[Task], Stepper]
+    why_not: Callable[[str], str | None]
+
+
+class Planted:
+    """Ours with a share of every step's time wasted after it: the versus mode must see it."""
+
+    def __init__(self, inner: EngineLoop, share: float) -> None:
+        self._inner, self._share = inner, share
+        self.start, self.finish, self.prediction = inner.start, inner.finish, inner.prediction
+
+    @property
+    def network(self) -> float:
+        return self._inner.network
+
+    def step(self) -> None:
+        begin = time.perf_counter()
+        self._inner.step()
+        end = time.perf_counter() + self._share * (time.perf_counter() - begin)
+        while time.perf_counter() < end:
+            pass
+
+
+def _ours(task: Task, backend: str) -> Stepper:
+    request = backends.Request(backend, device=task.device if task.device == "cuda" else "auto", threads=task.threads)
+    network = backends.load(task.workload.bundle(), request)
+    loop = EngineLoop(network, task.condition(), task.rows(), threads=request.thread_count)
+    return Planted(loop, task.plant) if task.plant is not None else loop
+
+
+def _eager(task: Task, *, half: bool = False, compiled: bool = False) -> Stepper:
+    import torch
+
+    from benchmarks.eager import EagerLoop
+
+    torch.set_num_threads(task.threads)
+    dtype = torch.float32
+    if half:
+        dtype = torch.float16 if task.device == "cuda" else torch.bfloat16
+    net = task.workload.eager()
+    loop = EagerLoop(net, task.condition(), task.rows(), dtype=dtype, channels_last=half, device=task.device)
+    if compiled:
+        loop.compile()
+    return loop
+
+
+def _why_not_half(device: str) -> str | None:
+    import torch
+
+    if device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    return "this CPU has no bfloat16 instructions (AVX512-BF16 or AMX), and without them PyTorch's bfloat16 is slower than its float32"
+
+
+def _why_not_compiled(device: str) -> str | None:
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        return "torch.compile needs a C++ compiler and none is on PATH"
+    return None
+
+
+def _why_not_ours(backend: str, device: str) -> str | None:
+    if device != "cpu" and backend == "onnxruntime":
+        return "this backend runs on the CPU"
+    return backends.why_not(backend)
+
+
+def contenders() -> dict[str, Contender]:
+    """The reference first, then what PyTorch offers, then every backend of ours, by name."""
+    theirs = [
+        Contender("eager", "R: eager PyTorch, fp32", "torch", _eager, lambda device: None),
+        Contender("half", "E: eager PyTorch, half precision, channels_last", "torch", partial(_eager, half=True), _why_not_half),
+        Contender("compiled", "T: torch.compile, max-autotune, fp32", "torch", partial(_eager, compiled=True), _why_not_compiled),
+    ]
+    ours = [
+        Contender(name, f"sr3rt, {name}", name, partial(_ours, backend=name), partial(_why_not_ours, name)) for name in backends.MODULES
+    ]
+    return {one.name: one for one in (*theirs, *ours)}

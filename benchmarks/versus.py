@@ -1,0 +1,156 @@
+"""All contenders of a workload against each other: each in its own process, in shuffled turns of one run.
+
+A machine drifts and its other work comes and goes; whatever it does meets all contenders alike, because every round gives each of
+them one turn, in an order drawn anew. Between turns a contender is stopped (SIGSTOP), so that no thread of it spins into another's
+turn. Rounds with a turn during which other processes used more than 8 % of the machine are dropped and counted. What is quoted are
+ratios of medians over the kept rounds, with an interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from sr3rt.timing import BUSY, Load
+
+TURN = 0.6  # seconds that a turn should take at least: /proc counts CPU time in hundredths
+FEWEST, MOST = 5, 400  # rounds
+
+
+class WorkerDied(RuntimeError):
+    """A contender's process ended; the message has the last lines that it wrote."""
+
+
+class Worker:
+    """A contender's process, stopped but while it has a turn. Use as a context manager."""
+
+    def __init__(
+        self, contender: str, workload: str, *, batch: int, steps: int, threads: int, device: str, plant: float | None = None
+    ) -> None:
+        self.name = contender
+        order = {"contender": contender, "workload": workload, "batch": batch, "steps": steps, "threads": threads, "device": device}
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool left running
+        self._words: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, __exit__ closes it
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", json.dumps({**order, "plant": plant})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
+        self.pid = self._process.pid
+        self.cold = self._answer()
+        self._stop()
+
+    def ask(self, **command: object) -> dict[str, Any]:
+        """One turn. Raises WorkerDied."""
+        os.kill(self.pid, signal.SIGCONT)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self._stop()
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._words.seek(0)
+            words = self._words.read().strip().splitlines()[-5:]
+            raise WorkerDied(f"{self.name} ended with status {self._process.returncode}: " + " | ".join(words))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _stop(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+        self._words.close()
+
+
+@dataclass
+class Turns:
+    """What one contender did in the kept rounds. wall, cpu, network: seconds of every step. means: wall seconds a step, one per round.
+
+    cpu_means: the same of CPU seconds, of all threads. host, device: peak bytes.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    network: list[float] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    cpu_means: list[float] = field(default_factory=list)
+    host: int = 0
+    device: int | None = None
+
+    def add(self, answer: dict[str, Any]) -> None:
+        for name in ("wall", "cpu", "network"):
+            getattr(self, name).extend(answer[name])
+        self.means.append(sum(answer["wall"]) / len(answer["wall"]))
+        self.cpu_means.append(sum(answer["cpu"]) / len(answer["cpu"]))
+        self.host, self.device = answer["host_bytes"], answer["device_bytes"]
+
+
+@dataclass
+class Versus:
+    """turns: by contender, of the `rounds` that were kept. dropped: rounds that other processes disturbed.
+
+    busy: too few rounds were quiet, so all were kept and none was dropped. load: mean over rounds of the worst turn's foreign load.
+    """
+
+    turns: dict[str, Turns]
+    rounds: int
+    dropped: int
+    busy: bool
+    load: float
+
+
+def run(workers: Sequence[Worker], *, seconds: float, rounds: int = MOST) -> Versus:
+    """Rounds until `seconds` have passed (at least 5 rounds, at most `rounds`). Raises WorkerDied."""
+    counts = {worker.name: _steps_of_a_turn(worker) for worker in workers}
+    pids = [os.getpid(), *(worker.pid for worker in workers)]
+    taken: list[tuple[float, dict[str, dict[str, Any]]]] = []
+    end = time.monotonic() + seconds
+    while len(taken) < min(FEWEST, rounds) or (time.monotonic() < end and len(taken) < rounds):
+        answers, worst = {}, 0.0
+        for worker in random.sample(workers, len(workers)):
+            load = Load(*pids)
+            answers[worker.name] = worker.ask(do="steps", count=counts[worker.name], warm=1)
+            worst = max(worst, load.foreign() or 0.0)
+        taken.append((worst, answers))
+    quiet = [answers for worst, answers in taken if worst <= BUSY]
+    busy = len(quiet) < min(FEWEST, rounds)
+    kept = [answers for _, answers in taken] if busy else quiet
+    turns = {worker.name: Turns() for worker in workers}
+    for answers in kept:
+        for name, answer in answers.items():
+            turns[name].add(answer)
+    return Versus(turns, len(kept), len(taken) - len(kept), busy, sum(worst for worst, _ in taken) / len(taken))
+
+
+def _steps_of_a_turn(worker: Worker) -> int:
+    """Enough for `TURN`, judged by a step after one to warm up."""
+    seconds: float = worker.ask(do="steps", count=1, warm=1)["wall"][0]
+    return max(1, math.ceil(TURN / seconds))

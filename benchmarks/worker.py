@@ -1,0 +1,101 @@
+"""One contender in a process of its own: `python -m benchmarks.worker '{"contender": …}'`, then one JSON line in and one out.
+
+{"do": "steps", "count": n}      wall, CPU and network seconds of each of n steps, after "warm" (0) uncounted ones
+{"do": "record", "path": FILE}   a picture from fixed noise; its first prediction and its end go to FILE (.npz)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BORN = time.perf_counter()
+
+
+def serve(order: dict[str, Any]) -> None:
+    """Make the contender, say how long that took, answer until stdin ends."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print must not be taken for an answer
+
+    def reply(**content: object) -> None:
+        print(json.dumps(content), file=replies, flush=True)
+
+    from benchmarks.contenders import Task, contenders
+    from benchmarks.workloads import WORKLOADS
+
+    task = Task(WORKLOADS[order["workload"]], **{name: order[name] for name in ("batch", "steps", "threads", "device", "plant")})
+    if order["contender"] == "matmul":
+        from benchmarks.matmul import Matmul
+
+        imported = time.perf_counter()
+        stepper: Any = Matmul(task.device, task.threads)
+    else:
+        contender = contenders()[order["contender"]]
+        importlib.import_module(contender.package)
+        imported = time.perf_counter()
+        stepper = contender.make(task)
+    loaded = time.perf_counter()
+    stepper.step()
+    stepper.finish()
+    first = time.perf_counter()
+    reply(import_s=imported - BORN, load_s=loaded - imported, first_step_s=first - loaded)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "steps":
+            for _ in range(command.get("warm", 0)):
+                stepper.step()
+                stepper.finish()
+            reply(**_steps(stepper, command["count"]), host_bytes=_peak(), device_bytes=_device_peak(task.device))
+        elif command["do"] == "record":
+            _record(stepper, task, Path(command["path"]))
+            reply()
+
+
+def _steps(stepper: Any, count: int) -> dict[str, list[float]]:
+    wall, cpu, network = [], [], []
+    for _ in range(count):
+        spent, begin, used = stepper.network, time.perf_counter(), time.process_time()
+        stepper.step()
+        stepper.finish()
+        wall.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - used)
+        network.append(stepper.network - spent)
+    return {"wall": wall, "cpu": cpu, "network": network}
+
+
+def _record(stepper: Any, task: Any, path: Path) -> None:
+    import numpy as np
+
+    def noise(step: int) -> Any:
+        return np.random.default_rng(step + 1).standard_normal(task.condition().shape, np.float32)
+
+    stepper.start(noise)
+    stepper.step()
+    first = stepper.prediction()
+    for _ in range(task.steps - 1):
+        stepper.step()
+    np.savez(path, first=first, last=stepper.prediction())
+    stepper.start()
+
+
+def _peak() -> int:
+    """Highest resident memory so far, bytes."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _device_peak(device: str) -> int | None:
+    """Highest memory that PyTorch took on the GPU, bytes."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.max_memory_reserved()) if device == "cuda" and torch is not None else None
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    serve(json.loads(sys.argv[1]))

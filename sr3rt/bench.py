@@ -1,0 +1,144 @@
+"""How fast a bundle runs here: `sr3rt bench`. Steps of every backend that works, in shuffled turns."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sr3rt import backends
+from sr3rt.backends import Floats, Network
+from sr3rt.bundle import Bundle
+from sr3rt.engine import Engine, Job
+from sr3rt.errors import OptionError, SR3Error
+from sr3rt.noise import START
+from sr3rt.samplers import Sampler, Table, table
+from sr3rt.schedule import respace
+from sr3rt.timing import BUSY, Load, Summary
+
+Noise = Callable[[int], Floats]
+"""noise(step) gives z (N, C, H, W) of all pictures of a batch; of y_T for step −1."""
+
+
+class EngineLoop:
+    """Runs of `rows` for x (N, C, H, W), one after the other, as `Upscaler` drives them.
+
+    network: seconds spent in the network so far.
+    """
+
+    def __init__(self, network: Network, x: Floats, rows: Table, *, threads: int) -> None:
+        self.network = 0.0
+        self._x, self._rows, self._seed = x, rows, 0
+        batch, channels, height, width = x.shape
+        self._engine = Engine(_Timed(network, self), capacity=batch, channels=channels, height=height, width=width, threads=threads)
+        self._jobs: list[Job] = []
+        self._last = np.zeros_like(x)
+        self.start()
+
+    def start(self, noise: Noise | None = None) -> None:
+        """New pictures, with new seeds; `noise` replaces the seeded noise."""
+        for job in self._jobs:
+            self._engine.leave(job)
+        self._jobs = [Job(x, self._rows, self._seed + i, noise and _one(noise, i)) for i, x in enumerate(self._x)]
+        self._seed += len(self._x)
+        for job in self._jobs:
+            self._engine.join(job)
+
+    def step(self) -> None:
+        """One row of every picture; after the last, the first of new ones."""
+        if not self._jobs:
+            self.start()
+        for job, y in self._engine.step():
+            self._last[self._jobs.index(job)] = y
+        if not self._engine.busy:
+            self._jobs = []
+
+    def finish(self) -> None:
+        """Nothing: steps return when they are done."""
+
+    def prediction(self) -> Floats:
+        """The latest x0, (N, C, H, W)."""
+        return np.stack([self._engine.prediction(job) for job in self._jobs]) if self._jobs else self._last.copy()
+
+
+class _Timed:
+    """A `Network` that adds up the time spent in it."""
+
+    def __init__(self, inner: Network, loop: EngineLoop) -> None:
+        self.backend, self.device, self.precision = inner.backend, inner.device, inner.precision
+        self._inner, self._loop = inner, loop
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        run = self._inner.bind(x, y, level, out)
+
+        def timed() -> None:
+            begin = time.perf_counter()
+            run()
+            self._loop.network += time.perf_counter() - begin
+
+        return timed
+
+
+def _one(noise: Noise, i: int) -> Callable[[int], Floats]:
+    """The noise of picture i of a batch, by the engine's step numbers."""
+    return lambda step: noise(-1 if step == START else step)[i]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend. load: seconds. outside: share of a step spent outside the network. quiet: whether other processes kept away."""
+
+    backend: str
+    precision: str
+    load: float
+    step: Summary
+    outside: float
+    quiet: bool
+
+
+def measure(bundle: Bundle, *, size: int, batch: int, seconds: float, threads: int = 0) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the backends that run this bundle here, and the reasons why the others do not. size: side of the result, pixels.
+
+    Raises OptionError for a size or batch that cannot be, BundleCorrupt.
+    """
+    manifest = bundle.manifest
+    if size < manifest.stride or size % manifest.stride or batch < 1:
+        raise OptionError(f"size must be a multiple of {manifest.stride} and batch at least 1, found size {size} and batch {batch}")
+    rows = table(
+        Sampler.parse(manifest.defaults.sampler),
+        respace(manifest.trained.schedule(), manifest.defaults.steps),
+        prediction=manifest.prediction,
+        level=manifest.level,
+    )
+    x = np.random.default_rng(0).uniform(-1, 1, (batch, manifest.channels, size, size)).astype(np.float32)
+    loops: dict[str, tuple[EngineLoop, Network, float]] = {}
+    missing: dict[str, str] = {}
+    for name in backends.MODULES:
+        request = backends.Request(name, threads=threads)
+        begin = time.perf_counter()
+        try:
+            network = backends.load(bundle, request)
+        except SR3Error as error:
+            missing[name] = str(error)
+            continue
+        load = time.perf_counter() - begin
+        loop = EngineLoop(network, x, rows, threads=request.thread_count)
+        loop.step()
+        loops[name] = loop, network, load
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    inside = {name: -loop.network for name, (loop, _, _) in loops.items()}
+    watch, end = Load(), time.perf_counter() + seconds
+    while loops and (time.perf_counter() < end or len(next(iter(times.values()))) < 5):
+        for name in random.sample(list(loops), len(loops)):
+            begin = time.perf_counter()
+            loops[name][0].step()
+            times[name].append(time.perf_counter() - begin)
+    quiet = (watch.foreign() or 0.0) <= BUSY
+    found = [
+        Row(name, network.precision, load, Summary.of(times[name]), 1 - (loop.network + inside[name]) / sum(times[name]), quiet)
+        for name, (loop, network, load) in loops.items()
+    ]
+    return found, missing

@@ -1,0 +1,124 @@
+"""The latency benchmarks: known operation counts, a contender in its own process, and a report that says what its JSON says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import flops, report  # noqa: E402
+from benchmarks.contenders import contenders  # noqa: E402
+from benchmarks.versus import Worker, WorkerDied  # noqa: E402
+from benchmarks.workloads import WORKLOADS  # noqa: E402
+
+ROW: dict[str, Any] = {
+    "step": {"n": 40, "p50": 0.25, "p90": 0.3, "p99": None, "minimum": 0.2, "spread": 0.02},
+    "steps_per_s": 4.0,
+    "flops_per_s": 6.8e10,
+    "share_of_matmul": 0.62,
+    "network_s": 0.24,
+    "outside_network": 0.01,
+    "host_bytes": 2**28,
+    "device_bytes": None,
+    "cold": {"import_s": 0.3, "load_s": 0.2, "first_step_s": 0.3},
+    "error": {"relative_l2": 2e-7, "psnr": 140.0},
+    "pictures": [{"steps": 25, "seconds": 6.3, "extrapolated": False}, {"steps": 2000, "seconds": 500.0, "extrapolated": True}],
+    "one_thread_cpu_ratio": None,
+}
+
+
+def entry(batch: int) -> dict[str, Any]:
+    ratios = {"eager": 1.0, "onnxruntime": 1.6}
+    rows = [
+        {**ROW, "name": name, "title": f"<{name}>", "ratio": {"value": value, "low": value - 0.1, "high": value + 0.1}}
+        for name, value in ratios.items()
+    ]
+    return {
+        "workload": "shipped", "title": "shipped model, 64→256", "side": 256, "batch": batch, "device": "cpu", "contenders": rows,
+        "skipped": {"half": "this CPU has no bfloat16"}, "parameters": 2_896_204, "flops_per_step": 17_271_693_312,
+        "matmul_flops": 1.1e11, "rounds": 40, "dropped": 2, "busy": False, "foreign_load": 0.01,
+    }  # fmt: skip
+
+
+DATA = {
+    "environment": {"cpu": "Example CPU", "gpu": None, "threads": 2, "date": "2026-01-01T00:00:00+00:00"},
+    "entries": [entry(1), entry(4)],
+}
+
+
+@pytest.mark.parametrize(("name", "giga"), [("public-128", 92.4), ("public-512", 1246)])
+def test_operations_are_the_known_figures(name: str, giga: float) -> None:
+    workload = WORKLOADS[name]
+    with torch.device("meta"):
+        net = workload.network()
+    assert flops.count(net, batch=1, side=workload.side) / 1e9 == pytest.approx(giga, rel=1e-3)
+    assert flops.count(net, batch=3, side=workload.side) / 3e9 == pytest.approx(giga, rel=1e-3)
+
+
+def test_ours_in_its_own_process_agrees_with_the_reference_in_another(tmp_path: Path) -> None:
+    found = {}
+    for name in ("eager", "onnxruntime"):
+        with Worker(name, "shipped", batch=1, steps=2, threads=1, device="cpu") as worker:
+            answer = worker.ask(do="steps", count=2)
+            worker.ask(do="record", path=str(tmp_path / f"{name}.npz"))
+        assert len(answer["wall"]) == 2 and answer["host_bytes"] > 2**20
+        assert all(0 < inside <= wall for inside, wall in zip(answer["network"], answer["wall"], strict=True))
+        with np.load(tmp_path / f"{name}.npz") as file:
+            found[name] = file["first"], file["last"]
+    for ours, reference in zip(found["onnxruntime"], found["eager"], strict=True):
+        assert np.linalg.norm(ours - reference) <= 1e-5 * np.linalg.norm(reference)
+
+
+def test_a_contender_that_dies_is_named_with_its_last_words() -> None:
+    with Worker("onnxruntime", "shipped", batch=1, steps=2, threads=1, device="cpu") as worker:
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises((WorkerDied, BrokenPipeError)):
+            worker.ask(do="steps", count=1)
+    with pytest.raises(WorkerDied, match="KeyError: 'nobody'"):
+        Worker("nobody", "shipped", batch=1, steps=2, threads=1, device="cpu")
+
+
+def test_every_contender_says_why_it_cannot_run() -> None:
+    for contender in contenders().values():
+        for device in ("cpu", "cuda"):
+            reason = contender.why_not(device)
+            assert reason is None or len(reason) > 10
+
+
+def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
+    report.write(tmp_path, DATA)
+    assert json.loads((tmp_path / "report.json").read_text()) == DATA
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)  # links within a plot's SVG only
+    assert page.count("<svg") >= 4  # step, share, picture, batch
+    for text in ("&lt;onnxruntime&gt;", "1.60× (1.50 to 1.70)", "no bfloat16", "250 ms", "2000 steps (extrapolated)", "2 dropped"):
+        assert text in page
+    assert "<onnxruntime>" not in page and not re.search(r"\$(summary|plots|tables|quality|environment)", page)
+
+
+def test_markdown_has_a_line_for_each_row() -> None:
+    table = report.markdown(DATA)
+    assert table.count("\n| shipped model") == 4
+    assert "| shipped model, 64→256, batch 4 | <onnxruntime> | 250 ms | 1.60× (1.50 to 1.70) | 62% | 2e-07 |" in table
+
+
+def test_readme_is_what_the_committed_report_says() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    data = json.loads(report.COMMITTED.read_text(encoding="utf-8"))
+    assert report.in_readme(text, report.markdown(data)) == text, "run  python -m benchmarks.report readme"
+
+
+def test_readme_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="performance"):
+        report.in_readme("# sr3rt", "table")
