@@ -54,11 +54,19 @@ def measure(workload: Workload, batch: int, names: Sequence[str], plan: Plan) ->
         entry["skipped"].update(dict.fromkeys(fit, reason))
         return entry
     workload.bundle()  # exported here, once, and not by a contender while another is timed
-    with _workers(workload, batch, fit, plan, entry["skipped"]) as workers:
-        result = versus.run(workers, seconds=plan.seconds)
-        errors = _errors([w for w in workers if w.name != PEAK])
-        pictures = _pictures([w for w in workers if w.name != PEAK], plan, result)
-        cold = {worker.name: worker.cold for worker in workers}
+    while True:
+        try:
+            with _workers(workload, batch, fit, plan, entry["skipped"]) as workers:
+                result = versus.run(workers, seconds=plan.seconds)
+                errors = _errors([w for w in workers if w.name != PEAK])
+                pictures = _pictures([w for w in workers if w.name != PEAK], plan, result)
+                cold = {worker.name: worker.cold for worker in workers}
+            break
+        except WorkerDied as death:  # for want of memory, say: once more without it
+            if death.name not in fit or death.name == REFERENCE:
+                raise
+            entry["skipped"][death.name] = str(death)
+            fit.remove(death.name)
     single = _single_thread(workload, batch, [w.name for w in workers if w.name != PEAK], plan) if plan.single_thread else {}
     operations = flops.count(workload.eager(), batch=batch, side=workload.side)
     best = matmul.flops(plan.device) / min(result.turns[PEAK].wall)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +31,11 @@ FEWEST, MOST = 5, 400  # rounds
 
 
 class WorkerDied(RuntimeError):
-    """A contender's process ended; the message has the last lines that it wrote."""
+    """A contender's process ended; the message has the last lines that it wrote. name: the contender's."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class Worker:
@@ -39,7 +44,7 @@ class Worker:
     def __init__(
         self, contender: str, workload: str, *, batch: int, steps: int, threads: int, device: str, plant: float | None = None
     ) -> None:
-        self.name = contender
+        self.name = contender if plant is None else f"{contender} with {plant:.0%} planted"
         order = {"contender": contender, "workload": workload, "batch": batch, "steps": steps, "threads": threads, "device": device}
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool left running
         self._words: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, __exit__ closes it
@@ -60,8 +65,9 @@ class Worker:
         """One turn. Raises WorkerDied."""
         os.kill(self.pid, signal.SIGCONT)
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it is dead: there will be no answer
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
         answer = self._answer()
         self._stop()
         return answer
@@ -73,7 +79,7 @@ class Worker:
             self._process.wait()
             self._words.seek(0)
             words = self._words.read().strip().splitlines()[-5:]
-            raise WorkerDied(f"{self.name} ended with status {self._process.returncode}: " + " | ".join(words))
+            raise WorkerDied(self.name, f"{self.name} ended with status {self._process.returncode}: " + " | ".join(words))
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -296,10 +296,23 @@ def test_export_without_torch_names_the_pip_command(start: str, arguments: list[
     assert """export needs the package 'torch', which is not installed: run  pip install "sr3rt[cpu,export]\"""" in done.stderr
 
 
+def test_bench_prints_the_bundle_s_figures_here(sr3rt: Command, bundle: Path) -> None:
+    status, out, err = sr3rt("bench", bundle, "--size", "32", "--batch", "2", "--seconds", "0.2")
+    assert status == 0, err
+    for text in ("32×32, batch 2", "onnxruntime, fp32", "step, p50", "outside the network", "pictures/s at"):
+        assert text in out
+
+
+def test_bench_refuses_a_size_that_the_network_cannot_have(sr3rt: Command, bundle: Path) -> None:
+    status, _, err = sr3rt("bench", bundle, "--size", "0")
+    assert status == 1 and one_line(err)
+    assert "found size 0" in err
+
+
 def test_help_needs_no_extra() -> None:
     start = BLOCKED + "import sr3rt.cli; sr3rt.cli.main()"
     done = subprocess.run([sys.executable, "-c", start, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(command in done.stdout for command in ("upscale", "info", "doctor", "export"))
+    assert all(command in done.stdout for command in ("upscale", "info", "doctor", "bench", "export"))
 
 
 def test_the_installed_command_upscales(bundle: Path, photos: Path, tmp_path: Path) -> None:
