@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 Entry = dict[str, Any]
-COLOURS = {"eager": "#8c8c8c", "half": "#c9a227", "compiled": "#7a5195"}
+COLOURS = {"eager": "#8c8c8c", "peer": "#5f5f5f", "half": "#c9a227", "compiled": "#7a5195"}
 OURS = ("#00708a", "#2f9e44", "#d9480f")
 
 

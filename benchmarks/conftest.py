@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.latency import Plan
+from benchmarks.peer import CHECKOUT
 from sr3rt.backends import Request
 
 
@@ -18,7 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where contenders run")
     group.addoption("--threads", type=int, default=0, help="of each contender, on a CPU; 0: one for each core")
     group.addoption("--seconds", type=float, default=None, help="for the rounds of one workload at one batch size")
+    group.addoption("--peer", metavar="DIR", help="a checkout of the public PyTorch implementation, to be timed beside ours (peer.py)")
     group.addoption("--report", type=Path, default=Path(__file__).parent / "report", help="folder for report.json and report.html")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--peer"):
+        os.environ[CHECKOUT] = str(Path(config.getoption("--peer")).resolve())
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +36,7 @@ def plan(request: pytest.FixtureRequest) -> Plan:
     threads = Request(threads=option("--threads")).thread_count
     if option("--full"):
         return Plan(option("--device"), threads, option("--seconds") or 120, measured=(25, 100))
-    return Plan(option("--device"), threads, option("--seconds") or 30, steps=4, measured=())
+    return Plan(option("--device"), threads, option("--seconds") or 20, steps=4, measured=())
 
 
 @pytest.fixture(scope="session")

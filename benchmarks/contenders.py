@@ -17,7 +17,7 @@ from sr3rt import backends
 from sr3rt.backends import Floats
 from sr3rt.bench import EngineLoop, Noise
 from sr3rt.samplers import Sampler, Table, table
-from sr3rt.schedule import respace
+from sr3rt.schedule import Schedule, respace
 
 SAMPLER = Sampler("posterior")  # what the public implementation runs
 
@@ -44,10 +44,13 @@ class Task:
     device: str
     plant: float | None = None
 
+    def schedule(self) -> Schedule:
+        trained = TRAINED if self.workload.name != "shipped" else self.workload.bundle().manifest.trained
+        return respace(trained.schedule(), self.steps)
+
     def rows(self) -> Table:
         manifest = self.workload.bundle().manifest
-        trained = TRAINED if self.workload.name != "shipped" else manifest.trained
-        return table(SAMPLER, respace(trained.schedule(), self.steps), prediction=manifest.prediction, level=manifest.level)
+        return table(SAMPLER, self.schedule(), prediction=manifest.prediction, level=manifest.level)
 
     def condition(self) -> Floats:
         """x, the same in every process: smooth, as an upsampled picture is."""
@@ -109,6 +112,21 @@ def _eager(task: Task, *, half: bool = False, compiled: bool = False) -> Stepper
     return loop
 
 
+def _peer(task: Task) -> Stepper:
+    import torch
+
+    from benchmarks.peer import PeerLoop
+
+    torch.set_num_threads(task.threads)
+    return PeerLoop(task)
+
+
+def _why_not_peer(device: str) -> str | None:
+    from benchmarks.peer import why_not
+
+    return why_not()
+
+
 def _why_not_half(device: str) -> str | None:
     import torch
 
@@ -135,6 +153,7 @@ def contenders() -> dict[str, Contender]:
         Contender("eager", "R: eager PyTorch, fp32", "torch", _eager, lambda device: None),
         Contender("half", "E: eager PyTorch, half precision, channels_last", "torch", partial(_eager, half=True), _why_not_half),
         Contender("compiled", "T: torch.compile, max-autotune, fp32", "torch", partial(_eager, compiled=True), _why_not_compiled),
+        Contender("peer", "the public implementation itself", "torch", _peer, _why_not_peer),
     ]
     ours = [
         Contender(name, f"sr3rt, {name}", name, partial(_ours, backend=name), partial(_why_not_ours, name)) for name in backends.MODULES

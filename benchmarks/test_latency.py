@@ -12,30 +12,34 @@ from benchmarks.contenders import contenders
 from benchmarks.latency import Plan, measure
 from benchmarks.versus import Worker
 from benchmarks.workloads import WORKLOADS
+from sr3rt import backends
 
 QUICK = {("shipped", 1): ("eager", "half", "compiled"), ("shipped", 4): ("eager", "half"), ("public-128", 1): ("eager", "half")}
 BATCHES = (1, 4, 16)
 CONTENDERS = contenders()
-OURS = tuple(name for name in CONTENDERS if name not in ("eager", "half", "compiled"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("--full")
-    cases = [(name, batch) for name in WORKLOADS for batch in BATCHES] if full else list(QUICK)
+    cases = [(name, batch) for name in WORKLOADS for batch in BATCHES] if metafunc.config.getoption("--full") else list(QUICK)
     if "contender" in metafunc.fixturenames:
-        chosen = [(*case, name) for case in cases for name in (CONTENDERS if full else (*QUICK[case], *OURS))]
+        chosen = [(*case, name) for case in cases for name in names(metafunc.config, *case)]
         metafunc.parametrize(("workload", "batch", "contender"), chosen, ids=["-".join(map(str, case)) for case in chosen])
     else:
         metafunc.parametrize(("workload", "batch"), cases, ids=[f"{name}-{batch}" for name, batch in cases])
 
 
+def names(config: pytest.Config, workload: str, batch: int) -> list[str]:
+    """The contenders of a case; the peer has the public networks only."""
+    peer = ["peer"] if config.getoption("--peer") and workload.startswith("public") else []
+    theirs = ("eager", "half", "compiled") if config.getoption("--full") else QUICK[workload, batch]
+    return [*theirs, *peer, *backends.MODULES]
+
+
 def test_versus(workload: str, batch: int, plan: Plan, entries: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
     """All contenders interleaved; an entry of the report."""
-    full = request.config.getoption("--full")
-    names = list(CONTENDERS) if full else [*QUICK[workload, batch], *OURS]
-    if (workload, batch) == ("shipped", 1) and not full:
+    if (workload, batch) == ("shipped", 1) and not request.config.getoption("--full"):
         plan = replace(plan, measured=(25,))
-    entry = measure(WORKLOADS[workload], batch, names, plan)
+    entry = measure(WORKLOADS[workload], batch, names(request.config, workload, batch), plan)
     entries.append(entry)
     if not entry["contenders"]:
         pytest.skip("; ".join(f"{name}: {reason}" for name, reason in entry["skipped"].items()))

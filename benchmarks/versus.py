@@ -143,7 +143,8 @@ def run(workers: Sequence[Worker], *, seconds: float, rounds: int = MOST) -> Ver
         answers, worst = {}, 0.0
         for worker in random.sample(workers, len(workers)):
             load = Load(*pids)
-            answers[worker.name] = worker.ask(do="steps", count=counts[worker.name], warm=1)
+            count = counts[worker.name]
+            answers[worker.name] = worker.ask(do="steps", count=count, warm=int(count > 1))  # long steps have time to warm up
             worst = max(worst, load.foreign() or 0.0)
         taken.append((worst, answers))
     quiet = [answers for worst, answers in taken if worst <= BUSY]

@@ -25,12 +25,11 @@ TRAINED = ScheduleSpec("linear", 2000, 1e-6, 1e-2)
 
 @dataclass(frozen=True)
 class Workload:
-    """A network at one picture size. side: of the picture it makes. quick: measured without --full. Imports torch only when it must."""
+    """A network at one picture size. side: of the picture it makes. Imports torch only when it must."""
 
     name: str
     title: str
     side: int
-    quick: bool = False
 
     def network(self) -> nn.Module:
         """The architecture, with whatever weights PyTorch gives it (the shipped model: its own)."""
@@ -107,8 +106,8 @@ PAPER = {"paper-128": "16-128", "paper-256": "64-256", "paper-1024": "256-1024"}
 WORKLOADS = {
     one.name: one
     for one in (
-        Workload("shipped", "shipped model, 64→256", 256, quick=True),
-        Workload("public-128", "public 16→128, 97.8M", 128, quick=True),
+        Workload("shipped", "shipped model, 64→256", 256),
+        Workload("public-128", "public 16→128, 97.8M", 128),
         Workload("public-512", "public 64→512, 155M", 512),
         Workload("paper-128", "paper's 16→128, 561M", 128),
         Workload("paper-256", "paper's 64→256, 617M", 256),
