@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.latency import Plan
+from benchmarks.latency import Measurement, Plan
 from benchmarks.peer import CHECKOUT
 from sr3rt.backends import Request
 
@@ -19,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="every workload, contender and batch size; hours on a CPU")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where contenders run")
     group.addoption("--threads", type=int, default=0, help="of each contender, on a CPU; 0: one for each core")
-    group.addoption("--seconds", type=float, default=None, help="for the rounds of one workload at one batch size")
+    group.addoption("--seconds", type=float, default=None, help="for the rounds of one workload at one batch size, in each of two visits")
     group.addoption("--peer", metavar="DIR", help="a checkout of the public PyTorch implementation, to be timed beside ours (peer.py)")
     group.addoption("--report", type=Path, default=Path(__file__).parent / "report", help="folder for report.json and report.html")
 
@@ -35,20 +34,23 @@ def plan(request: pytest.FixtureRequest) -> Plan:
     option = request.config.getoption
     threads = Request(threads=option("--threads")).thread_count
     if option("--full"):
-        return Plan(option("--device"), threads, option("--seconds") or 120, measured=(25, 100))
-    return Plan(option("--device"), threads, option("--seconds") or 20, steps=4, measured=())
+        return Plan(option("--device"), threads, option("--seconds") or 60, measured=(25, 100))
+    return Plan(option("--device"), threads, option("--seconds") or 8, steps=4, measured=())
+
+
+Measurements = dict[tuple[str, int], Measurement]
 
 
 @pytest.fixture(scope="session")
-def entries(request: pytest.FixtureRequest, plan: Plan) -> Iterator[list[dict[str, Any]]]:
-    """Where the versus tests put their entries; written as a report at the end."""
+def measurements(request: pytest.FixtureRequest, plan: Plan) -> Iterator[Measurements]:
+    """By workload and batch size, for the versus tests to fill; written as a report at the end."""
     from benchmarks.report import write
     from sr3rt.environment import describe
 
     environment = describe(threads=plan.threads)
-    found: list[dict[str, Any]] = []
+    found: Measurements = {}
     yield found
     if found:
         folder = request.config.getoption("--report")
-        write(folder, {"environment": environment, "entries": found})
+        write(folder, {"environment": environment, "entries": [one.entry() for one in found.values()]})
         print(f"\nreport: {folder / 'report.html'}")

@@ -23,7 +23,7 @@ REFERENCE, PEAK = "eager", "matmul"
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure. seconds: for the rounds of one workload at one batch size. steps: of the picture whose error is measured.
+    """How to measure. seconds: for the rounds of a visit. steps: of the picture whose error is measured.
 
     measured: step counts of which whole pictures are timed. told: step counts that the report extrapolates from the time of a step.
     """
@@ -37,84 +37,113 @@ class Plan:
     single_thread: bool = True
 
 
-def measure(workload: Workload, batch: int, names: Sequence[str], plan: Plan) -> dict[str, Any]:
-    """The report's entry for this workload and batch: what was skipped and why, and a row for each contender."""
-    entry: dict[str, Any] = {
-        "workload": workload.name, "title": workload.title, "side": workload.side, "batch": batch, "device": plan.device,
-        "skipped": {}, "contenders": [],
-    }  # fmt: skip
-    known = contenders()
-    for name in names:
-        reason = known[name].why_not(plan.device)
+class Measurement:
+    """What is known of a workload at a batch size: visits add rounds, and `entry` is the report's view of them."""
+
+    def __init__(self, workload: Workload, batch: int, names: Sequence[str], plan: Plan) -> None:
+        self._workload, self._batch, self._plan = workload, batch, plan
+        known = contenders()
+        reasons = {name: known[name].why_not(plan.device) for name in names}
+        self.skipped = {name: reason for name, reason in reasons.items() if reason}
+        self._names = [name for name in names if name not in self.skipped]
+        reason = workload.why_not(len(self._names))
         if reason:
-            entry["skipped"][name] = reason
-    fit = [name for name in names if name not in entry["skipped"]]
-    reason = workload.why_not(len(fit))
-    if reason:
-        entry["skipped"].update(dict.fromkeys(fit, reason))
-        return entry
-    workload.bundle()  # exported here, once, and not by a contender while another is timed
-    while True:
-        try:
-            with _workers(workload, batch, fit, plan, entry["skipped"]) as workers:
-                result = versus.run(workers, seconds=plan.seconds)
-                errors = _errors([w for w in workers if w.name != PEAK])
-                pictures = _pictures([w for w in workers if w.name != PEAK], plan, result)
-                cold = {worker.name: worker.cold for worker in workers}
-            break
-        except WorkerDied as death:  # for want of memory, say: once more without it
-            if death.name not in fit or death.name == REFERENCE:
-                raise
-            entry["skipped"][death.name] = str(death)
-            fit.remove(death.name)
-    single = _single_thread(workload, batch, [w.name for w in workers if w.name != PEAK], plan) if plan.single_thread else {}
-    operations = flops.count(workload.eager(), batch=batch, side=workload.side)
-    best = matmul.flops(plan.device) / min(result.turns[PEAK].wall)
-    entry.update(
-        parameters=workload.parameters(), flops_per_step=operations, matmul_flops=best, rounds=result.rounds, dropped=result.dropped,
-        busy=result.busy, foreign_load=result.load,
-    )  # fmt: skip
-    reference = result.turns.get(REFERENCE)
-    for name in (name for name in names if name in cold):
-        turns = result.turns[name]
-        step = Summary.of(turns.wall)
-        entry["contenders"].append(
-            {
-                "name": name,
-                "title": known[name].title,
-                "step": asdict(step),
-                "steps_per_s": batch / step.p50,
-                "flops_per_s": operations / step.p50,
-                "share_of_matmul": operations / step.p50 / best,
-                "network_s": float(np.median(turns.network)),
-                "outside_network": 1 - sum(turns.network) / sum(turns.wall),
-                "host_bytes": turns.host,
-                "device_bytes": turns.device,
-                "cold": cold[name],
-                "error": errors.get(name),
-                "pictures": pictures[name],
-                "ratio": asdict(ratio(reference.means, turns.means)) if reference else None,
-                "one_thread_cpu_ratio": asdict(single[name]) if name in single else None,
-            }
-        )
-    return entry
+            self.skipped.update(dict.fromkeys(self._names, reason))
+            self._names = []
+        self._result: Versus | None = None
+        self._errors: dict[str, dict[str, float]] = {}
+        self._pictures: dict[str, dict[int, float]] = {}
+        self._cold: dict[str, dict[str, float]] = {}
+        self._single: dict[str, Ratio] = {}
 
-
-@contextmanager
-def _workers(workload: Workload, batch: int, names: Sequence[str], plan: Plan, skipped: dict[str, str]) -> Iterator[list[Worker]]:
-    """A process for each contender that starts, and one for the matrix product; who does not start is skipped with its reason."""
-    with ExitStack() as stack:
-        workers = []
-        for name in (*names, PEAK):
+    def visit(self) -> None:
+        """Rounds in new processes. The first visit also takes errors, whole pictures and single threads."""
+        if self._names:
+            self._workload.bundle()  # exported here, once, and not by a contender while another is timed
+        done = not self._names
+        while not done:
             try:
-                worker = Worker(name, workload.name, batch=batch, steps=plan.steps, threads=plan.threads, device=plan.device)
-            except WorkerDied as error:
-                if name in (REFERENCE, PEAK):
+                self._visit()
+                done = True
+            except WorkerDied as death:  # for want of memory, say: once more without it
+                if death.name not in self._names or death.name == REFERENCE:
                     raise
-                skipped[name] = str(error)
-                continue
-            workers.append(stack.enter_context(worker))
-        yield workers
+                self.skipped[death.name] = str(death)
+                self._names.remove(death.name)
+
+    def _visit(self) -> None:
+        first = self._result is None
+        with self._workers() as workers:
+            result = versus.run(workers, seconds=self._plan.seconds)
+            if first:
+                racing = [worker for worker in workers if worker.name != PEAK]
+                self._errors = _errors(racing)
+                self._pictures = {worker.name: {} for worker in racing}
+                for steps in self._plan.measured:
+                    for name, seconds in _picture(racing, steps).items():
+                        self._pictures[name][steps] = seconds
+                self._cold = {worker.name: worker.cold for worker in racing}
+        if self._result is None:
+            if self._plan.single_thread:
+                self._single = _single_thread(self._workload, self._batch, list(self._cold), self._plan)
+            self._result = result
+        else:
+            self._result.extend(result)
+
+    @contextmanager
+    def _workers(self) -> Iterator[list[Worker]]:
+        """A process for each contender that starts, and one for the matrix product; who does not start is skipped with its reason."""
+        plan = self._plan
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(
+                    Worker(name, self._workload.name, batch=self._batch, steps=plan.steps, threads=plan.threads, device=plan.device)
+                )
+                for name in (*self._names, PEAK)
+            ]
+
+    def entry(self) -> dict[str, Any]:
+        """The report's entry: what was skipped and why, and a row for each contender."""
+        workload, result = self._workload, self._result
+        entry: dict[str, Any] = {
+            "workload": workload.name, "title": workload.title, "side": workload.side, "batch": self._batch,
+            "device": self._plan.device, "skipped": self.skipped, "contenders": [],
+        }  # fmt: skip
+        if result is None:
+            return entry
+        operations = flops.count(workload.eager(), batch=self._batch, side=workload.side)
+        best = matmul.flops(self._plan.device) / min(result.turns[PEAK].wall)
+        entry.update(
+            parameters=workload.parameters(), flops_per_step=operations, matmul_flops=best, rounds=result.rounds,
+            dropped=result.dropped, busy=result.busy, foreign_load=result.load,
+        )  # fmt: skip
+        entry["contenders"] = [self._row(name, result, operations, best) for name in self._names if name in result.turns]
+        return entry
+
+    def _row(self, name: str, result: Versus, operations: int, best: float) -> dict[str, Any]:
+        turns, reference = result.turns[name], result.turns.get(REFERENCE)
+        step = Summary.of(turns.wall)
+        timed = self._pictures[name]
+        return {
+            "name": name,
+            "title": contenders()[name].title,
+            "step": asdict(step),
+            "steps_per_s": self._batch / step.p50,
+            "flops_per_s": operations / step.p50,
+            "share_of_matmul": operations / step.p50 / best,
+            "network_s": float(np.median(turns.network)),
+            "outside_network": 1 - sum(turns.network) / sum(turns.wall),
+            "host_bytes": turns.host,
+            "device_bytes": turns.device,
+            "cold": self._cold[name],
+            "error": self._errors.get(name),
+            "pictures": [
+                {"steps": steps, "seconds": timed.get(steps, steps * step.p50), "extrapolated": steps not in timed}
+                for steps in self._plan.told
+            ],
+            "ratio": asdict(ratio(reference.means, turns.means)) if reference else None,
+            "one_thread_cpu_ratio": asdict(self._single[name]) if name in self._single else None,
+        }
 
 
 def _errors(workers: Sequence[Worker]) -> dict[str, dict[str, float]]:
@@ -138,19 +167,14 @@ def _errors(workers: Sequence[Worker]) -> dict[str, dict[str, float]]:
     }
 
 
-def _pictures(workers: Sequence[Worker], plan: Plan, result: Versus) -> dict[str, list[dict[str, Any]]]:
-    """Seconds for whole pictures: timed in five shuffled parts where the plan says so, else from the median step and labelled."""
-    rows: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    for steps in plan.told:
-        timed = steps in plan.measured
-        seconds = {worker.name: 0.0 if timed else steps * Summary.of(result.turns[worker.name].wall).p50 for worker in workers}
-        for part in range(5 if timed else 0):
-            for worker in random.sample(workers, len(workers)):
-                count = steps * (part + 1) // 5 - steps * part // 5
-                seconds[worker.name] += sum(worker.ask(do="steps", count=count, warm=1)["wall"])
-        for name, total in seconds.items():
-            rows[name].append({"steps": steps, "seconds": total, "extrapolated": not timed})
-    return rows
+def _picture(workers: Sequence[Worker], steps: int) -> dict[str, float]:
+    """Seconds for a whole picture, timed in five shuffled parts."""
+    seconds = {worker.name: 0.0 for worker in workers}
+    for part in range(5):
+        for worker in random.sample(workers, len(workers)):
+            count = steps * (part + 1) // 5 - steps * part // 5
+            seconds[worker.name] += sum(worker.ask(do="steps", count=count, warm=1)["wall"])
+    return seconds
 
 
 def _single_thread(workload: Workload, batch: int, names: Sequence[str], plan: Plan) -> dict[str, Ratio]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.conftest import Measurements
 from benchmarks.contenders import contenders
-from benchmarks.latency import Plan, measure
+from benchmarks.latency import Measurement, Plan
 from benchmarks.versus import Worker
 from benchmarks.workloads import WORKLOADS
 from sr3rt import backends
@@ -35,14 +35,15 @@ def names(config: pytest.Config, workload: str, batch: int) -> list[str]:
     return [*theirs, *peer, *backends.MODULES]
 
 
-def test_versus(workload: str, batch: int, plan: Plan, entries: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
+def test_versus(workload: str, batch: int, plan: Plan, measurements: Measurements, request: pytest.FixtureRequest) -> None:
     """All contenders interleaved; an entry of the report."""
     if (workload, batch) == ("shipped", 1) and not request.config.getoption("--full"):
         plan = replace(plan, measured=(25,))
-    entry = measure(WORKLOADS[workload], batch, names(request.config, workload, batch), plan)
-    entries.append(entry)
-    if not entry["contenders"]:
-        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in entry["skipped"].items()))
+    measurement = Measurement(WORKLOADS[workload], batch, names(request.config, workload, batch), plan)
+    measurements[workload, batch] = measurement
+    measurement.visit()
+    if not measurement.entry()["contenders"]:
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in measurement.skipped.items()))
 
 
 def test_step(workload: str, batch: int, contender: str, plan: Plan, benchmark: BenchmarkFixture) -> None:
@@ -53,4 +54,11 @@ def test_step(workload: str, batch: int, contender: str, plan: Plan, benchmark: 
     WORKLOADS[workload].bundle()
     with Worker(contender, workload, batch=batch, steps=plan.steps, threads=plan.threads, device=plan.device) as worker:
         benchmark.group = f"{workload}, batch {batch}, {plan.device}"
-        benchmark.pedantic(lambda: worker.ask(do="steps", count=1), warmup_rounds=1, rounds=5)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(lambda: worker.ask(do="steps", count=1), warmup_rounds=1, rounds=3)  # type: ignore[no-untyped-call]
+
+
+def test_versus_again(workload: str, batch: int, measurements: Measurements) -> None:
+    """The same minutes later and in new processes, for the same entry: its interval then knows how far machine and processes vary."""
+    if (workload, batch) not in measurements:
+        pytest.skip("adds to test_versus, which did not run")
+    measurements[workload, batch].visit()

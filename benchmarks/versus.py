@@ -26,8 +26,8 @@ from typing import IO, Any, Self
 
 from sr3rt.timing import BUSY, Load
 
-TURN = 0.6  # seconds that a turn should take at least: /proc counts CPU time in hundredths
-FEWEST, MOST = 5, 400  # rounds
+TURN = 0.4  # seconds that a turn should take at least: /proc counts CPU time in hundredths
+FEWEST, MOST = 6, 400  # quiet rounds wanted, and rounds at most
 
 
 class WorkerDied(RuntimeError):
@@ -118,12 +118,19 @@ class Turns:
         self.cpu_means.append(sum(answer["cpu"]) / len(answer["cpu"]))
         self.host, self.device = answer["host_bytes"], answer["device_bytes"]
 
+    def extend(self, later: Turns) -> None:
+        """Those of a later visit after these."""
+        for name in ("wall", "cpu", "network", "means", "cpu_means"):
+            getattr(self, name).extend(getattr(later, name))
+        self.host = max(self.host, later.host)
+        self.device = None if self.device is None or later.device is None else max(self.device, later.device)
+
 
 @dataclass
 class Versus:
     """turns: by contender, of the `rounds` that were kept. dropped: rounds that other processes disturbed.
 
-    busy: too few rounds were quiet, so all were kept and none was dropped. load: mean over rounds of the worst turn's foreign load.
+    busy: fewer than 3 rounds were quiet, so all were kept and none was dropped. load: mean over rounds of the worst turn's foreign load.
     """
 
     turns: dict[str, Turns]
@@ -132,14 +139,24 @@ class Versus:
     busy: bool
     load: float
 
+    def extend(self, later: Versus) -> None:
+        """The rounds of a later visit after these, of who was there both times."""
+        self.turns = {name: turns for name, turns in self.turns.items() if name in later.turns}
+        for name, turns in self.turns.items():
+            turns.extend(later.turns[name])
+        everything = self.rounds + self.dropped, later.rounds + later.dropped
+        self.load = (self.load * everything[0] + later.load * everything[1]) / sum(everything)
+        self.rounds, self.dropped, self.busy = self.rounds + later.rounds, self.dropped + later.dropped, self.busy or later.busy
 
-def run(workers: Sequence[Worker], *, seconds: float, rounds: int = MOST) -> Versus:
-    """Rounds until `seconds` have passed (at least 5 rounds, at most `rounds`). Raises WorkerDied."""
+
+def run(workers: Sequence[Worker], *, seconds: float) -> Versus:
+    """Rounds for `seconds`; up to twice as long while fewer than 6 of them were quiet. Raises WorkerDied."""
     counts = {worker.name: _steps_of_a_turn(worker) for worker in workers}
     pids = [os.getpid(), *(worker.pid for worker in workers)]
     taken: list[tuple[float, dict[str, dict[str, Any]]]] = []
-    end = time.monotonic() + seconds
-    while len(taken) < min(FEWEST, rounds) or (time.monotonic() < end and len(taken) < rounds):
+    quiet: list[dict[str, dict[str, Any]]] = []
+    begin = time.monotonic()
+    while len(taken) < MOST and time.monotonic() - begin < (seconds if len(quiet) >= FEWEST else 2 * seconds):
         answers, worst = {}, 0.0
         for worker in random.sample(workers, len(workers)):
             load = Load(*pids)
@@ -147,8 +164,9 @@ def run(workers: Sequence[Worker], *, seconds: float, rounds: int = MOST) -> Ver
             answers[worker.name] = worker.ask(do="steps", count=count, warm=int(count > 1))  # long steps have time to warm up
             worst = max(worst, load.foreign() or 0.0)
         taken.append((worst, answers))
-    quiet = [answers for worst, answers in taken if worst <= BUSY]
-    busy = len(quiet) < min(FEWEST, rounds)
+        if worst <= BUSY:
+            quiet.append(answers)
+    busy = len(quiet) < min(FEWEST, len(taken)) / 2
     kept = [answers for _, answers in taken] if busy else quiet
     turns = {worker.name: Turns() for worker in workers}
     for answers in kept:

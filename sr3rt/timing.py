@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -53,14 +54,18 @@ class Ratio:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float], *, draws: int = 4000) -> Ratio:
-    """Ratio of the medians of turns that were taken in rounds, with a percentile bootstrap over rounds (Efron 1979).
+    """Ratio of the medians of turns that were taken in rounds, with a percentile bootstrap over blocks of rounds.
 
-    Both sequences have one value for each round. Rounds are drawn whole, since the two turns of one round share the machine's mood.
+    Both sequences have one value for each round, in order. Rounds are drawn whole, since the two turns of one round share the
+    machine's mood, and in blocks of neighbours, since moods last (circular blocks: Politis and Romano 1992; of about n^(1/3): Hall
+    et al. 1995).
     """
     a, b = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise ValueError(f"expected two sequences of one length, a value for each round, found shapes {a.shape} and {b.shape}")
-    drawn = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
+    n, block = len(a), math.ceil(len(a) ** (1 / 3))
+    starts = np.random.default_rng(0).integers(0, n, (draws, math.ceil(n / block), 1))
+    drawn = ((starts + np.arange(block)) % n).reshape(draws, -1)[:, :n]
     ratios = np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Ratio(float(np.median(a) / np.median(b)), float(low), float(high))
