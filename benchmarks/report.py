@@ -65,11 +65,11 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def _line(entry: Entry, row: dict[str, Any]) -> str:
-    error = "–" if row["name"] == "eager" or not row["error"] else f"{row['error']['relative_l2']:.0e}"
+    exact = row["name"] == "eager"
+    error = "–" if exact or not row["error"] else f"{row['error']['relative_l2']:.0e}"
+    ratio = "–" if exact else _ratio(row["ratio"])
     title = f"{entry['title']}, batch {entry['batch']}{' (busy machine)' if entry['busy'] else ''}"
-    return (
-        f"| {title} | {row['title']} | {_seconds(row['step']['p50'])} | {_ratio(row['ratio'])} | {row['share_of_matmul']:.0%} | {error} |"
-    )
+    return f"| {title} | {row['title']} | {_seconds(row['step']['p50'])} | {ratio} | {row['share_of_matmul']:.0%} | {error} |"
 
 
 def in_readme(text: str, table: str) -> str:
@@ -108,7 +108,8 @@ def _entry(entry: Entry) -> str:
 
 def _figures(row: dict[str, Any], batch: int) -> dict[str, str]:
     step, cold, error = row["step"], row["cold"], row["error"]
-    exact = row["name"] == "eager" or not error
+    reference = row["name"] == "eager"
+    exact = reference or not error
     pictures = {
         f"pictures/s at {p['steps']} steps{' (extrapolated)' if p['extrapolated'] else ''}": f"{batch / p['seconds']:.3g}"
         for p in row["pictures"]
@@ -119,8 +120,8 @@ def _figures(row: dict[str, Any], batch: int) -> dict[str, str]:
         "p99 (from 1000 samples on)": _seconds(step["p99"]),
         "fastest": _seconds(step["minimum"]),
         "spread, samples": f"±{step['spread']:.1%}, {step['n']}",
-        "eager ÷ it": _ratio(row["ratio"]),
-        "the same of CPU time, one thread each": _ratio(row["one_thread_cpu_ratio"]),
+        "eager ÷ it": "–" if reference else _ratio(row["ratio"]),
+        "the same of CPU time, one thread each": "–" if reference else _ratio(row["one_thread_cpu_ratio"]),
         "steps/s": f"{row['steps_per_s']:.3g}",
         **pictures,
         "GFLOP/s": f"{row['flops_per_s'] / 1e9:.0f}",

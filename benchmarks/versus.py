@@ -27,7 +27,7 @@ from typing import IO, Any, Self
 from sr3rt.timing import BUSY, Load
 
 TURN = 0.4  # seconds that a turn should take at least: /proc counts CPU time in hundredths
-FEWEST, MOST = 6, 400  # quiet rounds wanted, and rounds at most
+LEAST, FEWEST, MOST = 3, 6, 400  # rounds in any case, quiet rounds wanted, rounds at most
 
 
 class WorkerDied(RuntimeError):
@@ -150,13 +150,13 @@ class Versus:
 
 
 def run(workers: Sequence[Worker], *, seconds: float) -> Versus:
-    """Rounds for `seconds`; up to twice as long while fewer than 6 of them were quiet. Raises WorkerDied."""
+    """Rounds for `seconds`, at least 3; up to twice as long while fewer than 6 of them were quiet. Raises WorkerDied."""
     counts = {worker.name: _steps_of_a_turn(worker) for worker in workers}
     pids = [os.getpid(), *(worker.pid for worker in workers)]
     taken: list[tuple[float, dict[str, dict[str, Any]]]] = []
     quiet: list[dict[str, dict[str, Any]]] = []
     begin = time.monotonic()
-    while len(taken) < MOST and time.monotonic() - begin < (seconds if len(quiet) >= FEWEST else 2 * seconds):
+    while len(taken) < MOST and (len(taken) < LEAST or time.monotonic() - begin < (seconds if len(quiet) >= FEWEST else 2 * seconds)):
         answers, worst = {}, 0.0
         for worker in random.sample(workers, len(workers)):
             load = Load(*pids)
@@ -166,7 +166,7 @@ def run(workers: Sequence[Worker], *, seconds: float) -> Versus:
         taken.append((worst, answers))
         if worst <= BUSY:
             quiet.append(answers)
-    busy = len(quiet) < min(FEWEST, len(taken)) / 2
+    busy = len(quiet) < LEAST
     kept = [answers for _, answers in taken] if busy else quiet
     turns = {worker.name: Turns() for worker in workers}
     for answers in kept:

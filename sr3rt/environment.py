@@ -32,7 +32,7 @@ def describe(*, threads: int) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "sr3rt": __version__,
         "commit": _run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
         "cpu": _cpu(),
         "instructions": _instructions(),
