@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-
-from benchmarks.workloads import TRAINED, Workload
+from benchmarks.workloads import Task
 from sr3rt import backends
 from sr3rt.backends import Floats
 from sr3rt.bench import EngineLoop, Noise
-from sr3rt.samplers import Sampler, Table, table
-from sr3rt.schedule import Schedule, respace
-
-SAMPLER = Sampler("posterior")  # what the public implementation runs
 
 
 class Stepper(Protocol):
@@ -31,32 +25,6 @@ class Stepper(Protocol):
     def step(self) -> None: ...
     def finish(self) -> None: ...
     def prediction(self) -> Floats: ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a contender is given. steps: of a picture. plant: share of a step's time that ours wastes, to see whether that is noticed."""
-
-    workload: Workload
-    batch: int
-    steps: int
-    threads: int
-    device: str
-    plant: float | None = None
-
-    def schedule(self) -> Schedule:
-        trained = TRAINED if self.workload.name != "shipped" else self.workload.bundle().manifest.trained
-        return respace(trained.schedule(), self.steps)
-
-    def rows(self) -> Table:
-        manifest = self.workload.bundle().manifest
-        return table(SAMPLER, self.schedule(), prediction=manifest.prediction, level=manifest.level)
-
-    def condition(self) -> Floats:
-        """x, the same in every process: smooth, as an upsampled picture is."""
-        rng, side = np.random.default_rng(0), self.workload.side
-        coarse = rng.uniform(-1, 1, (self.batch, 3, side // 8, side // 8)).astype(np.float32)
-        return np.ascontiguousarray(coarse.repeat(8, axis=2).repeat(8, axis=3))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 class Matmul:
-    """Square products: float32 on a CPU, float16 on a GPU (its tensor cores' own precision). A `Stepper` without pictures."""
+    """Square products: float32 on a CPU, float16 on a GPU (its tensor cores' own precision). It steps as contenders do."""
 
     network = 0.0
 
@@ -24,12 +24,6 @@ class Matmul:
     def finish(self) -> None:
         if self._device == "cuda":
             torch.cuda.synchronize()
-
-    def start(self, noise: object = None) -> None:
-        """There is nothing to start."""
-
-    def prediction(self) -> object:
-        raise NotImplementedError("a matrix product makes no picture")
 
 
 def flops(device: str) -> int:

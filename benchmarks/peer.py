@@ -13,18 +13,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.workloads import Task
 from sr3rt.backends import Floats
 from sr3rt.bench import Noise
-
-if TYPE_CHECKING:
-    from benchmarks.contenders import Task
 
 CHECKOUT = "SR3RT_PEER"
 """The environment variable by which contenders' processes learn of the checkout."""

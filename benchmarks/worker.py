@@ -24,8 +24,8 @@ def serve(order: dict[str, Any]) -> None:
     def reply(**content: object) -> None:
         print(json.dumps(content), file=replies, flush=True)
 
-    from benchmarks.contenders import Task, contenders
-    from benchmarks.workloads import WORKLOADS
+    from benchmarks.contenders import contenders
+    from benchmarks.workloads import WORKLOADS, Task
 
     task = Task(WORKLOADS[order["workload"]], **{name: order[name] for name in ("batch", "steps", "threads", "device", "plant")})
     if order["contender"] == "matmul":

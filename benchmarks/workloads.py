@@ -1,5 +1,7 @@
-"""What is timed: networks, at the size of the picture that they make. All but the shipped one have random weights, on which speed does
-not depend."""
+"""What is timed: networks, at the size of the picture that they make; and what of it a contender is given.
+
+All but the shipped one have random weights, on which speed does not depend.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import sr3rt
 from sr3rt import memory
+from sr3rt.backends import Floats
 from sr3rt.bundle import Bundle, Defaults, Manifest, write_manifest
-from sr3rt.schedule import ScheduleSpec
+from sr3rt.samplers import Sampler, Table, table
+from sr3rt.schedule import Schedule, ScheduleSpec, respace
 from sr3rt.upscaler import SHIPPED
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 
 CACHE = Path(__file__).parent / ".cache"
 TRAINED = ScheduleSpec("linear", 2000, 1e-6, 1e-2)
+SAMPLER = Sampler("posterior")  # what the public implementation runs
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,32 @@ class Workload:
         if available is not None and needed > available:
             return f"needs about {needed / 2**30:.0f} GiB with {contenders} contenders, {available / 2**30:.0f} GiB are available"
         return None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a contender is given. steps: of a picture. plant: share of a step's time that ours wastes, to see whether that is noticed."""
+
+    workload: Workload
+    batch: int
+    steps: int
+    threads: int
+    device: str
+    plant: float | None = None
+
+    def schedule(self) -> Schedule:
+        trained = TRAINED if self.workload.name != "shipped" else self.workload.bundle().manifest.trained
+        return respace(trained.schedule(), self.steps)
+
+    def rows(self) -> Table:
+        manifest = self.workload.bundle().manifest
+        return table(SAMPLER, self.schedule(), prediction=manifest.prediction, level=manifest.level)
+
+    def condition(self) -> Floats:
+        """x, the same in every process: smooth, as an upsampled picture is."""
+        rng, side = np.random.default_rng(0), self.workload.side
+        coarse = rng.uniform(-1, 1, (self.batch, 3, side // 8, side // 8)).astype(np.float32)
+        return np.ascontiguousarray(coarse.repeat(8, axis=2).repeat(8, axis=3))
 
 
 def _digest() -> str:
