@@ -14,7 +14,7 @@ VENV_NUMPY1 = .venv-numpy1/.stamp
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard sr3rt/native/*)
 PACKAGE := $(NATIVE) LICENSE README.md $(shell find sr3rt export -type f -not -name '*.pyc' -not -name '*.so')
 # What runs without the export extra, and so with the oldest numpy that is supported.
-RUNTIME_TESTS = $(shell grep -LE '^ *(import|from) +(torch|onnx|onnxscript|safetensors|export|sr3rt\.export)\b' tests/test_*.py \
+RUNTIME_TESTS = $(shell grep -LE '^ *(import|from) +(torch|onnx|onnxscript|safetensors|export|sr3rt\.export|benchmarks)\b' tests/test_*.py \
 	| grep -v test_package)
 NUMPY1_WORKS := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info < (3, 13) else "")')
 

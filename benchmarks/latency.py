@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import flops, matmul, versus
+from benchmarks import matmul, versus
 from benchmarks.contenders import contenders
 from benchmarks.versus import Turns, Versus, Worker, WorkerDied
 from benchmarks.workloads import Workload
 from sr3rt.timing import Ratio, Summary, ratio
 
 REFERENCE, PEAK = "eager", "matmul"
+LONGEST_PICTURES = 600  # seconds for timing whole pictures with all contenders
+MOST_OPERATIONS = 6e12  # of a step on a CPU: about a minute for two cores
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Measurement:
         reasons = {name: known[name].why_not(plan.device) for name in names}
         self.skipped = {name: reason for name, reason in reasons.items() if reason}
         self._names = [name for name in names if name not in self.skipped]
-        reason = workload.why_not(len(self._names))
+        reason = workload.why_not(len(self._names)) or self._too_long()
         if reason:
             self.skipped.update(dict.fromkeys(self._names, reason))
             self._names = []
@@ -55,6 +57,15 @@ class Measurement:
         self._pictures: dict[str, dict[int, float]] = {}
         self._cold: dict[str, dict[str, float]] = {}
         self._single: dict[str, Ratio] = {}
+
+    def _too_long(self) -> str | None:
+        """Why a CPU should not be asked for such steps, or None."""
+        if self._plan.device != "cpu":
+            return None
+        operations = self._workload.operations(self._batch)
+        if operations <= MOST_OPERATIONS:
+            return None
+        return f"a step takes {operations / 1e12:.0f} TFLOP, minutes on a CPU: --device cuda"
 
     def visit(self) -> None:
         """Rounds in new processes. The first visit also takes errors, whole pictures and single threads."""
@@ -80,6 +91,8 @@ class Measurement:
                 self._errors = _errors(racing)
                 self._pictures = {worker.name: {} for worker in racing}
                 for steps in self._plan.measured:
+                    if steps * sum(result.turns[worker.name].means[0] for worker in racing) > LONGEST_PICTURES:
+                        continue  # the report extrapolates, and says so
                     for name, seconds in _picture(racing, steps).items():
                         self._pictures[name][steps] = seconds
                 self._cold = {worker.name: worker.cold for worker in racing}
@@ -111,7 +124,7 @@ class Measurement:
         }  # fmt: skip
         if result is None:
             return entry
-        operations = flops.count(workload.eager(), batch=self._batch, side=workload.side)
+        operations = workload.operations(self._batch)
         best = matmul.flops(self._plan.device) / min(result.turns[PEAK].wall)
         entry.update(
             parameters=workload.parameters(), flops_per_step=operations, matmul_flops=best, rounds=result.rounds,

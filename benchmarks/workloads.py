@@ -93,6 +93,16 @@ class Workload:
         with torch.device("meta"):
             return sum(p.numel() for p in self.network().parameters())
 
+    def operations(self, batch: int) -> int:
+        """Floating-point operations of a step."""
+        import torch
+
+        from benchmarks import flops
+
+        with torch.device("cpu" if self.name == "shipped" else "meta"):  # the shipped one is read with its weights
+            net = self.network()
+        return flops.count(net, batch=batch, side=self.side)
+
     def why_not(self, contenders: int) -> str | None:
         """Why this workload does not fit this machine with so many contenders loaded, or None when it does."""
         needed = self.parameters() * 4 * (2 * contenders + 1) + contenders * 2**29
