@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import latency, report, versus  # noqa: E402
 from benchmarks.contenders import contenders  # noqa: E402
 from benchmarks.versus import Worker, WorkerDied  # noqa: E402
 from benchmarks.workloads import WORKLOADS  # noqa: E402
+from sr3rt.timing import ratio  # noqa: E402
 
 ROW: dict[str, Any] = {
     "step": {"n": 40, "p50": 0.25, "p90": 0.3, "p99": None, "minimum": 0.2, "spread": 0.02},
@@ -118,3 +121,74 @@ def test_readme_is_what_the_committed_report_says() -> None:
 def test_readme_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="performance"):
         report.in_readme("# sr3rt", "table")
+
+
+class Scripted:
+    """A worker that answers at once: every step takes `seconds`, and after `lives` turns it is dead."""
+
+    pid = os.getpid()
+
+    def __init__(self, name: str, seconds: float, lives: int = 10**6) -> None:
+        self.name, self.seconds, self.lives = name, seconds, lives
+
+    def ask(self, *, do: str, count: int, warm: int) -> dict[str, Any]:
+        self.lives -= 1
+        if self.lives < 0:
+            raise WorkerDied(self.name, f"{self.name} ended with status -9")
+        times = [self.seconds] * count
+        return {"wall": times, "cpu": times, "network": times, "host_bytes": 2**20, "device_bytes": None}
+
+
+def race(*workers: Scripted, seconds: float = 0.05) -> versus.Versus:
+    return versus.run(workers, seconds=seconds)  # type: ignore[arg-type]
+
+
+def test_every_round_gives_each_contender_a_turn_of_its_length() -> None:
+    result = race(Scripted("slow", 0.3), Scripted("quick", 0.01))
+    slow, quick = result.turns["slow"], result.turns["quick"]
+    assert len(slow.means) == len(quick.means) == result.rounds >= versus.LEAST
+    assert len(slow.wall) == 2 * result.rounds and len(quick.wall) == 40 * result.rounds  # 0.4 s each
+    assert ratio(slow.means, quick.means).value == pytest.approx(30)
+
+
+def test_a_later_visit_adds_its_rounds_of_who_is_still_there() -> None:
+    first, second = race(Scripted("a", 0.1), Scripted("b", 0.2)), race(Scripted("a", 0.3))
+    rounds, taken = first.rounds + second.rounds, first.rounds + first.dropped + second.rounds + second.dropped
+    first.extend(second)
+    assert set(first.turns) == {"a"} and len(first.turns["a"].means) == first.rounds == rounds
+    assert first.rounds + first.dropped == taken
+    assert (first.turns["a"].means[0], first.turns["a"].means[-1]) == (pytest.approx(0.1), pytest.approx(0.3))
+
+
+def test_a_contender_that_dies_in_a_race_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = {"eager": 10**6, "onnxruntime": 2, "matmul": 10**6}
+
+    @contextmanager
+    def scripted(name: str, *_: object, **__: object) -> Iterator[Scripted]:
+        worker = Scripted(name, 0.1, turns[name])
+        worker.cold = {}  # type: ignore[attr-defined]
+        yield worker
+
+    monkeypatch.setattr(latency, "Worker", scripted)
+    monkeypatch.setattr(latency, "_errors", lambda workers: {})
+    plan = latency.Plan("cpu", 1, 0.05, measured=(), single_thread=False)
+    measurement = latency.Measurement(WORKLOADS["shipped"], 1, ["eager", "onnxruntime"], plan)
+    measurement.visit()
+    assert measurement.skipped == {"onnxruntime": "onnxruntime ended with status -9"}
+    turns["eager"] = 2
+    with pytest.raises(WorkerDied, match="eager"):  # without the reference there is nothing to report
+        measurement.visit()
+
+
+def test_what_would_take_a_cpu_minutes_a_step_is_left_out() -> None:
+    plan = latency.Plan("cpu", 1, 0.05)
+    assert "28 TFLOP" in latency.Measurement(WORKLOADS["paper-256"], 16, ["eager"], plan).skipped["eager"]
+    assert not latency.Measurement(WORKLOADS["public-128"], 1, ["eager"], plan).skipped
+
+
+def test_the_peer_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = contenders()["peer"]
+    monkeypatch.delenv("SR3RT_PEER", raising=False)
+    assert "--peer DIR" in str(peer.why_not("cpu"))
+    monkeypatch.setenv("SR3RT_PEER", str(tmp_path))
+    assert f"{tmp_path} is no checkout" in str(peer.why_not("cpu"))
