@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +37,13 @@ def measure(
     manifest: Manifest,
     *,
     limits: Limits | None = None,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+    against: str = "eager float32 PyTorch",
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Compare at five noise levels, batches of 1 and 3 (mixed levels), square and not, and over a run of 10 steps.
 
+    shapes: (batch, height, width) to compare at instead, the run at the first's height and width. against: what `reference` is.
     Every shape is tried at every level; of a large network the first shape is, the others at the middle one.
 
     Returns figures for the manifest's `parity`. Raises ParityError, naming the worst figure and where it was found.
@@ -48,12 +51,13 @@ def measure(
     limits = limits or Limits()
     side = max(32, 2 * manifest.stride)
     side -= side % manifest.stride
+    shapes = shapes or ((1, side, side), (3, side, side), (1, side, 2 * side), (3, 2 * side, side))
     trained = manifest.trained.schedule()
     rows, worst = [], 0.0
     indices = sorted({0, len(trained) // 20, len(trained) // 4, len(trained) // 2, len(trained) - 1})
-    for batch, height, width in ((1, side, side), (3, side, side), (1, side, 2 * side), (3, 2 * side, side)):
+    for batch, height, width in shapes:
         progress(f"comparing the network at {batch}×{height}×{width}")
-        few = manifest.parameters >= LARGE and (batch, height, width) != (1, side, side)
+        few = manifest.parameters >= LARGE and (batch, height, width) != shapes[0]
         for index in [indices[len(indices) // 2]] if few else indices:
             x, y, level = _inputs(manifest, trained, index, (batch, height, width))
             expected, found = _run(reference, x, y, level), _run(exported, x, y, level)
@@ -63,18 +67,18 @@ def measure(
             rows.append({"t": index, "shape": [batch, height, width], "error": error})
             if error > limits.net:
                 raise ParityError(
-                    f"the exported network differs from the checkpoint's by {error:.2g} of its largest value at timestep {index}, batch "
+                    f"the exported network differs from {against} by {error:.2g} of its largest value at timestep {index}, batch "
                     f"{batch}, {height}×{width}; expected at most {limits.net:.2g}. Nothing was written"
                 )
     progress(f"comparing a run of {STEPS} steps")
-    difference = _trajectory(reference, exported, manifest, trained, side)
+    difference = _trajectory(reference, exported, manifest, trained, shapes[0][1:])
     if not difference <= limits.picture:
         raise ParityError(
-            f"after {STEPS} steps the exported network's picture differs from the checkpoint's by {difference:.2g}, expected at most "
+            f"after {STEPS} steps the exported network's picture differs from {against}'s by {difference:.2g}, expected at most "
             f"{limits.picture:.2g} (pictures are in [-1, 1]). Nothing was written"
         )
     return {
-        "against": "eager float32 PyTorch",
+        "against": against,
         "net": {"worst": worst, "limit": limits.net, "unit": "largest |difference| / largest |value|", "rows": rows},
         "picture": {"worst": difference, "limit": limits.picture, "unit": "largest |difference|, [-1, 1]", "steps": STEPS},
     }
@@ -99,12 +103,12 @@ def _run(network: Network, x: Floats, y: Floats, level: Floats) -> Floats:
     return out
 
 
-def _trajectory(reference: Network, exported: Network, manifest: Manifest, trained: Schedule, side: int) -> float:
+def _trajectory(reference: Network, exported: Network, manifest: Manifest, trained: Schedule, size: tuple[int, int]) -> float:
     rows = table(Sampler("posterior"), respace(trained, min(STEPS, len(trained))), prediction=manifest.prediction, level=manifest.level)
-    x, _, _ = _inputs(manifest, trained, len(trained) - 1, (1, side, side))
+    x, _, _ = _inputs(manifest, trained, len(trained) - 1, (1, *size))
     pictures = []
     for network in (reference, exported):
-        engine = Engine(network, capacity=1, channels=manifest.channels, height=side, width=side)
+        engine = Engine(network, capacity=1, channels=manifest.channels, height=size[0], width=size[1])
         engine.join(Job(x[0], rows, seed=1))
         finished: list[tuple[Job, Floats]] = []
         while not finished:

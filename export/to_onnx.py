@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -43,13 +43,12 @@ from sr3rt.bundle import (
 from sr3rt.errors import MissingExtra, OptionError
 from sr3rt.export import checkpoint as checkpoints
 from sr3rt.export import footprint, parity
+from sr3rt.export.progress import progress_line
 from sr3rt.samplers import Sampler
 from sr3rt.schedule import ScheduleSpec
 
 OPSET = 21
 EXTERNAL = 1_500_000_000  # bytes of weights from which they go into a file of their own (an ONNX file ends at 2 GB)
-
-Progress = Callable[[str], None]
 
 
 def export(
@@ -97,7 +96,7 @@ def export(
     target = output or ckpt.parent / f"{ckpt.stem}.sr3"
     check_target(target.absolute(), overwrite=overwrite)
     _check_packages()
-    with _progress() as progress:
+    with progress_line() as progress:
         progress(f"reading {ckpt.name}")
         read = checkpoints.read(ckpt, config=config, norm_groups=norm_groups, image_size=image_size, scale=scale, on_progress=progress)
         manifest = _manifest(read, name or ckpt.stem, steps, sampler, consistency)
@@ -179,22 +178,6 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A line that says what is going on; on a terminal it moves."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-
-        def progress(text: str) -> None:
-            status.update(text)
-            if not console.is_terminal:
-                console.print(text)
-
-        yield progress
 
 
 def command(name: str) -> App:

@@ -4,6 +4,8 @@
       sr3.json             the manifest: what the network is, how it was trained, what it was measured at, SHA-256 of every other file
       network.onnx         inputs x, y (B, C, H, W) and level (B, 1), output out (B, C, H, W), all float32
       network.onnx.data    weights beyond ONNX's 2 GB limit, where there are any
+      network.fp16.onnx    the same network in float16, strongly typed, with float32 inputs and output (export/precision.py)
+      *.plan               TensorRT engines of either (export/to_trt.py); `engines` in the manifest says where each may run
 
 `sr3.json` is UTF-8 JSON whose own `sha256` field is the digest of the file's bytes with that field filled with 64 zeros. A name in
 `files` is a plain file name: no folder, no link, nothing in the directory that is not listed. Files are handed out as the bytes
@@ -24,6 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sr3rt.engines import EngineKey
 from sr3rt.errors import BundleCorrupt, BundleIncompatible, BundleNotFound, OptionError
 from sr3rt.samplers import Level, Prediction, Sampler
 from sr3rt.schedule import ScheduleSpec
@@ -52,7 +55,8 @@ class Manifest:
     """The contents of sr3.json.
 
     `bytes_per_pixel`: memory the network was seen to use for each output pixel. `attention_stride`: how much coarser than the output
-    its finest self-attention works, 0 for none. `parity`, `source` and `files` are maps that the exporter fills and readers may show.
+    its finest self-attention works, 0 for none. `parity`, `source` and `files` are maps that the exporter
+    fills and readers may show; `engines` has a key (sr3rt/engines.py) for each file that is an engine.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Manifest:
     parity: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -259,4 +264,8 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     for name, entry in manifest.files.items():
         if not _NAME.fullmatch(name) or not _DIGEST.fullmatch(str(entry["sha256"])) or type(entry["bytes"]) is not int:
             raise ValueError(f"files lists {name!r} as {entry!r}")
+    for name, key in manifest.engines.items():
+        if name not in manifest.files:
+            raise ValueError(f"engines lists {name!r}, and files does not")
+        EngineKey.of(key)
     return manifest

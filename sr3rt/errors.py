@@ -9,7 +9,8 @@ Each message says what was found, what was expected and what to do. `except sr3r
     ├── BundleError                     a bundle that cannot be used
     │   ├── BundleNotFound              nothing there
     │   ├── BundleCorrupt               a hash, a name or the manifest is not what it should be
-    │   └── BundleIncompatible          written by a newer format
+    │   ├── BundleIncompatible          written by a newer format
+    │   └── EngineRefused               a TensorRT engine of another network, TensorRT or GPU
     ├── BackendError                    a backend, precision or device that cannot be had
     │   └── MissingExtra (ImportError)  a Python package is missing; the message is the pip command
     ├── CheckpointError                 a checkpoint that cannot be exported (export only)
@@ -51,6 +52,10 @@ class BundleCorrupt(BundleError):
 
 class BundleIncompatible(BundleError):
     """A bundle's format is newer than this program."""
+
+
+class EngineRefused(BundleError):
+    """A TensorRT engine was built for another network, shape, TensorRT, GPU or driver than the one at hand."""
 
 
 class BackendError(SR3Error):

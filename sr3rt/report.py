@@ -16,6 +16,7 @@ from rich.table import Table
 from sr3rt import __version__, backends, environment
 from sr3rt.bench import Row
 from sr3rt.bundle import Bundle
+from sr3rt.engines import EngineKey
 from sr3rt.errors import SR3Error
 from sr3rt.images import condition, read, restore
 
@@ -36,6 +37,9 @@ def describe(path: Path) -> Table:
         if isinstance(figure, Mapping):
             worst, limit = (_short(figure.get(key)) for key in ("worst", "limit"))
             table.add_row(escape(f"parity: {name}"), escape(f"{worst} (limit {limit}; {figure.get('unit')})"))
+    for name, content in manifest.engines.items():
+        key = EngineKey.of(content)
+        table.add_row("engine", escape(f"{name}: {key.flavour} {key.version}, {key.capability}"))
     for name, value in manifest.source.items():
         lines = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         table.add_row(escape(name.replace("_", " ")), escape("\n".join(lines)) or "none")

@@ -205,7 +205,9 @@ def test_unknown_backends_precisions_and_devices_are_refused(tmp_path: Path) -> 
         sr3rt.load(tmp_path)
     with pytest.raises(sr3rt.OptionError, match="unknown backend 'magic': expected auto, onnxruntime"):
         sr3rt.load(backend="magic")
-    with pytest.raises(sr3rt.BackendError, match="precision 'fp16' was asked for"):
+    with pytest.raises(sr3rt.BackendError, match="precision 'fp8' was asked for"):
+        sr3rt.load(precision="fp8")
+    with pytest.raises(sr3rt.BackendError, match="has no network in fp16: make it with"):
         sr3rt.load(precision="fp16")
     with pytest.raises(sr3rt.BackendError, match="device 'cuda' was asked for"):
         sr3rt.load(device="cuda")

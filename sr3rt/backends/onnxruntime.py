@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 NETWORK, WEIGHTS = "network.onnx", "network.onnx.data"
+HALF = "network.fp16.onnx"
 
 
 def why_not() -> str | None:
@@ -31,32 +32,38 @@ def load(bundle: Bundle, request: Request) -> OrtNetwork:
         if error.name != "onnxruntime":
             raise
         raise MissingExtra("the onnxruntime backend", "onnxruntime", "cpu") from None
-    if request.precision not in ("auto", "fp32"):
-        raise BackendError(f"the onnxruntime backend computes in fp32, precision {request.precision!r} was asked for: use auto or fp32")
+    if request.precision not in ("auto", "fp32", "fp16"):
+        raise BackendError(f"the onnxruntime backend has fp32 and fp16, precision {request.precision!r} was asked for: use auto or fp32")
+    name, precision = (HALF, "fp16") if request.precision == "fp16" else (NETWORK, "fp32")
+    if name not in bundle.manifest.files:
+        raise BackendError(f"{bundle.path} has no network in {precision}: make it with  python export/to_trt.py {bundle.path}")
     if request.device not in ("auto", "cpu"):
         raise BackendError(f"the onnxruntime backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = request.thread_count
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if WEIGHTS in bundle.manifest.files:
+    if name == NETWORK and WEIGHTS in bundle.manifest.files:
         weights = bundle.read(WEIGHTS)
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
-    model = bundle.read(NETWORK)
+    model = bundle.read(name)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise BackendError(f"onnxruntime {onnxruntime.__version__} cannot load {bundle.path / NETWORK}: {error}") from error
-    return OrtNetwork(session)
+        raise BackendError(f"onnxruntime {onnxruntime.__version__} cannot load {bundle.path / name}: {error}") from error
+    return OrtNetwork(session, precision)
 
 
 class OrtNetwork:
-    """A `Network` over one session. Sessions are thread-safe; each binding is its own."""
+    """A `Network` over one session. Sessions are thread-safe; each binding is its own.
 
-    backend, device, precision = "onnxruntime", "cpu", "fp32"
+    fp16 is what a GPU computes, slowly: few CPUs have its arithmetic, and onnxruntime widens what they lack.
+    """
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._session = session
+    backend, device = "onnxruntime", "cpu"
+
+    def __init__(self, session: onnxruntime.InferenceSession, precision: str = "fp32") -> None:
+        self._session, self.precision = session, precision
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
         """As `Network.bind`. The arrays' memory is bound, not copied. A call raises BackendError, above all when memory runs out."""

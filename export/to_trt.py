@@ -1,0 +1,217 @@
+"""Checkpoint or bundle -> bundle with TensorRT engines: `python export/to_trt.py CKPT|BUNDLE [--batch 1,4] [--size 128,256]`.
+
+The bundle gets the network in float16 (`network.fp16.onnx`; float32 where it must be), compared with the float32 one at every shape that is
+built, and an engine for each batch and size. Building with TensorRT for RTX needs no GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+try:
+    import onnx
+except ModuleNotFoundError:
+    from sr3rt.errors import MissingExtra
+
+    raise SystemExit(str(MissingExtra("export", "onnx", "cpu,export"))) from None
+from cyclopts import App, Parameter
+
+from sr3rt import __version__, backends
+from sr3rt.backends.onnxruntime import HALF, NETWORK, WEIGHTS
+from sr3rt.bundle import Bundle, Manifest, write_manifest, writing
+from sr3rt.engines import EngineKey
+from sr3rt.errors import BackendError, OptionError
+from sr3rt.export import builder, parity
+from sr3rt.export.precision import half
+from sr3rt.export.progress import Progress, progress_line
+
+LIMITS = parity.Limits(net=5e-3, picture=5e-2)
+Shape = tuple[int, int, int]  # pictures, height, width
+
+
+def to_trt(
+    source: Path,
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    batch: str = "1",
+    size: str = "128",
+    precision: Literal["fp16", "fp32"] = "fp16",
+    opt_level: int | None = None,
+    timing_cache: Path | None = None,
+    config: Path | None = None,
+    norm_groups: int | None = None,
+    image_size: int | None = None,
+    scale: int | None = None,
+) -> Path:
+    """Build TensorRT engines into a bundle.
+
+    Parameters
+    ----------
+    source
+        A bundle, or a checkpoint, which is exported first.
+    output
+        The bundle of a checkpoint; CKPT with the suffix .sr3 when not given. What is there already is used if it is of this checkpoint.
+    batch
+        Batch sizes, as 1,4,8: an engine for each.
+    size
+        Sides of the result in pixels, as 128,256 or 128x192 (height x width): an engine for each.
+    precision
+        fp16, or fp32 (without TF32).
+    opt_level
+        TensorRT's builder optimisation level, 0 to 5.
+    timing_cache
+        TensorRT's timing cache, a file to read where it exists and to write.
+    config
+        For a checkpoint: the JSON that it was trained with.
+    norm_groups
+        For a checkpoint: groups of its GroupNorm layers.
+    image_size
+        For a checkpoint: side of the pictures it was trained on, pixels.
+    scale
+        For a checkpoint: magnification.
+    """
+    batches, sizes = _numbers(batch), _sizes(size)
+    with progress_line() as progress:
+        if source.is_dir():
+            target = source
+        else:
+            target = output or source.parent / f"{source.stem}.sr3"
+            _export(source, target, config=config, norm_groups=norm_groups, image_size=image_size, scale=scale)
+        bundle = Bundle.open(target)
+        shapes = [(count, *sides) for count, sides in product(batches, sizes)]
+        _check(shapes, bundle.manifest)
+        missing = _why_not()
+        with writing(target, overwrite=True) as folder:
+            for name in bundle.manifest.files:
+                (folder / name).write_bytes(bundle.read(name))
+            manifest = _with_half(bundle, folder, shapes, progress) if precision == "fp16" else bundle.manifest
+            engines = _kept(manifest, folder)
+            if missing is None:
+                engines |= _build(folder, precision, shapes, opt_level, timing_cache, engines, progress)
+            write_manifest(folder, replace(manifest, engines=engines))
+    if missing:
+        made = f"{target} has the network in {precision}, and no new engine" if precision == "fp16" else f"{target} has no new engine"
+        raise BackendError(f"{made}: {missing}")
+    return target
+
+
+def _why_not() -> str | None:
+    """Why no engine can be built here, or None."""
+    try:
+        builder.flavour()
+        builder.target()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def _export(source: Path, target: Path, **options: Any) -> None:
+    """The checkpoint's bundle, unless it is there."""
+    if not target.exists():
+        from sr3rt.export.to_onnx import export  # needs torch, which a bundle does not
+
+        export(source, output=target, **options)
+        return
+    with source.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if Bundle.open(target).manifest.source.get("checkpoint_sha256") != found:
+        raise OptionError(f"{target} is the bundle of another checkpoint than {source}: choose another name with --output")
+
+
+def _with_half(bundle: Bundle, folder: Path, shapes: Sequence[Shape], progress: Progress) -> Manifest:
+    """Write network.fp16.onnx to `folder` and compare it with the float32 network. Returns the manifest with the figures."""
+    progress("converting the network to float16")
+    external = bundle.read(WEIGHTS) if WEIGHTS in bundle.manifest.files else b""
+    graph = half(onnx.load_from_string(bundle.read(NETWORK)), external)
+    (folder / HALF).write_bytes(graph.SerializeToString())
+    write_manifest(folder, replace(bundle.manifest, engines={}))
+    reference = backends.load(bundle, backends.Request("onnxruntime"))
+    converted = backends.load(Bundle.open(folder), backends.Request("onnxruntime", precision="fp16"))
+    figures = parity.measure(
+        reference, converted, bundle.manifest, limits=LIMITS, shapes=shapes, against="the float32 network", progress=progress
+    )
+    return replace(bundle.manifest, parity={**bundle.manifest.parity, "fp16 net": figures["net"], "fp16 picture": figures["picture"]})
+
+
+def _kept(manifest: Manifest, folder: Path) -> dict[str, dict[str, Any]]:
+    """The bundle's engines that belong to its networks; files of others are removed."""
+    digests = {"fp32": _digest(folder / NETWORK), "fp16": _digest(folder / HALF) if (folder / HALF).exists() else None}
+    kept = {}
+    for name, content in manifest.engines.items():
+        key = EngineKey.of(content)
+        if digests.get(key.precision) == key.onnx_sha256:
+            kept[name] = asdict(key)
+        else:
+            (folder / name).unlink()
+    return kept
+
+
+def _build(
+    folder: Path,
+    precision: str,
+    shapes: Sequence[Shape],
+    opt_level: int | None,
+    timing_cache: Path | None,
+    kept: Mapping[str, object],
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Engines for `shapes` in `folder`, by file name; those that are there already are not built again."""
+    graph = folder / (HALF if precision == "fp16" else NETWORK)
+    model = graph if (folder / WEIGHTS).exists() and precision == "fp32" else graph.read_bytes()
+    digest, (capability, driver) = _digest(graph), builder.target()
+    engines = {}
+    for i, (batch, height, width) in enumerate(shapes):
+        key = EngineKey(digest, precision, batch, height, width, builder.flavour(), builder.version(), capability, driver, opt_level)
+        if kept.get(key.name) != asdict(key):
+            progress(f"building the engine {batch}×{height}×{width} ({i + 1} of {len(shapes)})")
+            plan = builder.build(model, batch=batch, height=height, width=width, tf32=False, opt_level=opt_level, timing_cache=timing_cache)
+            (folder / key.name).write_bytes(plan)
+        engines[key.name] = asdict(key)
+    return engines
+
+
+def _numbers(text: str) -> list[int]:
+    """1,4,8 -> [1, 4, 8]. Raises OptionError."""
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise OptionError(f"--batch is {text!r}, expected whole numbers from 1 on with commas between, as 1,4,8")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    """128,256x192 -> [(128, 128), (256, 192)]. Raises OptionError."""
+    sides = r"[1-9]\d{0,5}(x[1-9]\d{0,5})?"
+    if not re.fullmatch(f"{sides}(,{sides})*", text):
+        raise OptionError(f"--size is {text!r}, expected sides in pixels with commas between, as 128,256x192 (height x width)")
+    found = [[int(side) for side in part.split("x")] for part in text.split(",")]
+    return list(dict.fromkeys((part[0], part[-1]) for part in found))
+
+
+def _check(shapes: Sequence[Shape], manifest: Manifest) -> None:
+    for _, height, width in shapes:
+        if height % manifest.stride or width % manifest.stride:
+            raise OptionError(f"--size has {height}×{width}, expected multiples of {manifest.stride}, which this network needs")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def main() -> None:
+    """Command line of this file."""
+    from sr3rt.cli import run_command
+
+    app = App(name="to_trt", help=__doc__, version=__version__)
+    app.default(to_trt)
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()
