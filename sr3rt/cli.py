@@ -66,7 +66,7 @@ def upscale(
     backend
         auto or onnxruntime.
     precision
-        auto or fp32.
+        auto, fp32 or fp16.
     device
         auto or cpu.
     threads

@@ -12,7 +12,18 @@ from pathlib import Path
 
 from sr3rt import __version__
 
-PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "torch", "onnx", "onnxscript", "safetensors")
+PACKAGES = (
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "safetensors",
+)
 
 
 def packages() -> dict[str, str | None]:

@@ -251,8 +251,9 @@ def load(
 ) -> Upscaler:
     """Open a bundle (None: the one that ships) on a backend.
 
-    backend: "auto" or "onnxruntime". precision: "auto" or "fp32". device: "auto" or "cpu". threads: 0, one for each core that this
-    process may use. batch: most pictures in one network call. limits: of the pictures taken (`sr3rt.images.Limits`).
+    backend: "auto" or "onnxruntime". precision: "auto", "fp32" or "fp16" (slow on a CPU). device: "auto" or "cpu".
+    threads: 0, one for each core that this process may use. batch: most pictures in one network call. limits: of the pictures taken
+    (`sr3rt.images.Limits`).
 
     Raises BundleNotFound, BundleCorrupt, BundleIncompatible, OptionError, BackendError, MissingExtra.
     """
