@@ -149,7 +149,7 @@ def test_a_graph_that_does_not_match_is_refused_and_leaves_nothing(graph: Path, 
     weights.flat[0] += 0.01 * np.abs(weights).max()
     last.CopyFrom(onnx.numpy_helper.from_array(weights, last.name))
     monkeypatch.setattr(to_onnx, "write_onnx", lambda net, path: onnx.save(model, path))
-    with pytest.raises(ParityError, match=r"differs from the checkpoint's by .* at timestep .*; expected at most 2e-05. Nothing"):
+    with pytest.raises(ParityError, match=r"differs from eager float32 PyTorch by .* at timestep .*; expected at most 2e-05. Nothing"):
         run_export(tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
