@@ -110,8 +110,7 @@ def _trajectory(reference: Network, exported: Network, manifest: Manifest, train
     for network in (reference, exported):
         engine = Engine(network, capacity=1, channels=manifest.channels, height=size[0], width=size[1])
         engine.join(Job(x[0], rows, seed=1))
-        finished: list[tuple[Job, Floats]] = []
-        while not finished:
-            finished = engine.step()
-        pictures.append(finished[0][1])
+        while not (ended := engine.step()):
+            pass
+        pictures.append(ended[0].picture())
     return float(np.abs(pictures[0] - pictures[1]).max())

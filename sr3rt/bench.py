@@ -51,8 +51,8 @@ class EngineLoop:
         """One row of every picture; after the last, the first of new ones."""
         if not self._jobs:
             self.start()
-        for job, y in self._engine.step():
-            self._last[self._jobs.index(job)] = y
+        for ended in self._engine.step():
+            self._last[self._jobs.index(ended.job)] = ended.picture()
         if not self._engine.busy:
             self._jobs = []
 

@@ -57,10 +57,24 @@ class _Slot:
     row: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """A job that has left, and how it ended."""
+
+    job: Job
+    outcome: Floats | NonFiniteError
+
+    def picture(self) -> Floats:
+        """The refined picture, float32 (C, H, W) in [-1, 1]. Raises NonFiniteError, naming the step."""
+        if isinstance(self.outcome, NonFiniteError):
+            raise self.outcome
+        return self.outcome
+
+
 class Engine:
     """`capacity` slots of (channels, height, width). Not thread-safe: an engine belongs to one caller; networks are shared.
 
-    Usage: `join` jobs (at any time between steps), call `step` until `busy` is 0; a job that finished is in what `step` returns.
+    Usage: `join` jobs (at any time between steps), call `step` until `busy` is 0; a job that ended is in what `step` returns.
     """
 
     def __init__(self, network: Network, *, capacity: int, channels: int, height: int, width: int, threads: int = 1) -> None:
@@ -114,10 +128,10 @@ class Engine:
         """A copy of the job's latest predicted picture x0, float32 (C, H, W) in [-1, 1]."""
         return next(self._x0[i].copy() for i, slot in enumerate(self._slots) if slot.job is job)
 
-    def step(self) -> list[tuple[Job, Floats]]:
-        """Advance every busy slot by one row. Returns the jobs that finished, with their pictures, float32 (C, H, W) in [-1, 1].
+    def step(self) -> list[Ended]:
+        """Advance every busy slot by one row. Returns the jobs that ended: finished, or no longer finite, the others unharmed.
 
-        Raises NonFiniteError, naming the step, when the network or the state is no longer finite; the engine is then not usable.
+        An error of the network's own passes through; the engine is not usable then.
         """
         n = self.busy
         if not n:
@@ -127,22 +141,29 @@ class Engine:
         if n not in self._runs:
             self._runs[n] = self._network.bind(self._x[:n], self._y[:n], self._levels[:n], self._out[:n])
         self._runs[n]()
-        if not self._advance(n, rows):
-            steps = ", ".join(f"{slot.row + 1} of {len(slot.job.table)}" for slot in self._slots)
-            raise NonFiniteError(
-                f"step {steps} produced NaN or infinity on backend {self._network.backend} in {self._network.precision}: "
-                "the weights or the schedule are not usable; `sr3rt info` shows what the bundle was measured at"
-            )
-        finished = []
-        for slot in self._slots:
+        broken = set() if self._advance(n, rows) else self._broken(n)
+        ended = list[Ended]()
+        for i, slot in enumerate(self._slots):
             slot.row += 1
-        for i, slot in enumerate(list(self._slots)):
-            if slot.row == len(slot.job.table):
+            if i in broken:
+                ended.append(Ended(slot.job, self._not_finite(slot)))
+            elif slot.row == len(slot.job.table):
                 y = self._y[i].copy()
-                finished.append((slot.job, slot.job.project(np.clip(y, -1, 1)) if slot.job.consistency == "final" else y))
-        for job, _ in finished:
-            self.leave(job)
-        return finished
+                ended.append(Ended(slot.job, slot.job.project(np.clip(y, -1, 1)) if slot.job.consistency == "final" else y))
+        for one in ended:
+            self.leave(one.job)
+        return ended
+
+    def _broken(self, n: int) -> set[int]:
+        """The slots that hold NaN or infinity; all n, where only an intermediate value did and so none does."""
+        found = {i for i in range(n) if not (np.isfinite(self._out[i]).all() and np.isfinite(self._y[i]).all())}
+        return found or set(range(n))
+
+    def _not_finite(self, slot: _Slot) -> NonFiniteError:
+        return NonFiniteError(
+            f"step {slot.row} of {len(slot.job.table)} produced NaN or infinity on backend {self._network.backend} in "
+            f"{self._network.precision}: the weights or the schedule are not usable; `sr3rt info` shows what the bundle was measured at"
+        )
 
     def _advance(self, n: int, rows: NDArray[np.float32]) -> bool:
         """x0 and y of the n busy slots from the network's output. The common case is one fused pass."""
@@ -155,11 +176,9 @@ class Engine:
         if self._x0_new is None:
             self._x0_new = np.zeros_like(self._x0)
         new = self._x0_new[:n]
-        if not _native.predict(y, out, new, rows, clip=True, threads=self._threads):
-            return False
-        ok = True
+        ok = _native.predict(y, out, new, rows, clip=True, threads=self._threads)
         for i, (job, slot) in enumerate(zip(jobs, self._slots, strict=True)):
-            if job.consistency == "every":
+            if job.consistency == "every" and (ok or np.isfinite(new[i]).all()):
                 new[i] = job.project(new[i])
             z = None if job.noise is None else np.ascontiguousarray(job.noise(slot.row), np.float32)[None]
             one = slice(i, i + 1)

@@ -66,13 +66,22 @@ class Result:
         }
 
 
-@dataclass(eq=False)
-class _Task:
-    """A picture of one call on its way through the engine."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How pictures are to be refined, checked: one row of `table` per step."""
+
+    table: Table
+    sampler: str
+    consistency: Consistency
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A picture that is ready for an engine."""
 
     picture: Picture
     job: Job
-    result: Floats | None = None
+    plan: Plan
 
 
 class Upscaler:
@@ -83,7 +92,7 @@ class Upscaler:
         if batch < 1:
             raise OptionError(f"batch must be at least 1, found {batch}")
         self.bundle, self.network = bundle, network
-        self._threads, self._batch, self._limits = threads, batch, limits or Limits()
+        self.threads, self.limits, self._batch = threads, limits or Limits(), batch
 
     @overload
     def upscale(self, image: Sequence[ImageLike], **options: Unpack[Options]) -> list[Any]: ...
@@ -122,22 +131,53 @@ class Upscaler:
         """
         if tile != "auto":
             raise OptionError(f"tile {tile!r} is not known: pictures are upscaled whole, use tile='auto'")
+        plan = self.plan(steps=steps, sampler=sampler, schedule=schedule, consistency=consistency)
+        single = not isinstance(image, (list, tuple))
+        images: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
+        tasks = [self.task(item, plan, seed=one, noise=noise) for item, one in zip(images, seeds(seed, len(images)), strict=True)]
+        results = self._refine(tasks, on_step, single=single)
+        return [self.result(task, results[task]) for task in tasks]
+
+    def plan(
+        self,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        schedule: str | Sequence[float] | None = None,
+        consistency: Consistency | None = None,
+    ) -> Plan:
+        """The options of `run` that do not depend on the picture, checked. Raises OptionError."""
         manifest = self.bundle.manifest
         chosen = Sampler.parse(sampler or manifest.defaults.sampler)
         agree: Consistency = consistency or manifest.defaults.consistency
         if agree not in get_args(Consistency):
             raise OptionError(f"unknown consistency {agree!r}: expected one of {', '.join(get_args(Consistency))}")
         rows = table(chosen, self._schedule(steps, schedule), prediction=manifest.prediction, level=manifest.level)
-        images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
-        tasks = [self._task(item, rows, one, agree, noise) for item, one in zip(images, _seeds(seed, len(images)), strict=True)]
-        self._refine(tasks, on_step, single=not isinstance(image, (list, tuple)))
-        results = []
-        for task in tasks:
-            result = Result(self._picture(task), task.job.seed, len(rows), str(chosen), agree, self.bundle.sha256)
-            if hasattr(result.image, "info"):
-                result.image.info.update(result.provenance)
-            results.append(result)
-        return results
+        return Plan(rows, str(chosen), agree)
+
+    def task(self, image: ImageLike, plan: Plan, *, seed: int, noise: Noise | None = None) -> Task:
+        """The picture read and made ready. Raises ImageError, ImageTooLarge (also when memory does not suffice)."""
+        manifest = self.bundle.manifest
+        picture = read(image, limits=self.limits)
+        self._check_memory(picture.height * manifest.scale, picture.width * manifest.scale)
+        made = condition(picture, scale=manifest.scale, stride=manifest.stride)
+        if plan.consistency == "off":
+            return Task(picture, Job(made.x, plan.table, seed, noise), plan)
+        projection = Projection(picture.height, picture.width, manifest.scale)
+        lr = made.lr[:, : picture.height, : picture.width]
+        return Task(picture, Job(made.x, plan.table, seed, noise, plan.consistency, lr, projection), plan)
+
+    def picture(self, task: Task, y0: Floats) -> Any:
+        """A prediction of the task's network, float32 (C, H, W) in [-1, 1], as a picture of the kind that came in."""
+        return restore(task.picture, y0, scale=self.bundle.manifest.scale)
+
+    def result(self, task: Task, y0: Floats) -> Result:
+        """What `run` gives for a task that is done; a PIL image carries its provenance."""
+        plan = task.plan
+        result = Result(self.picture(task, y0), task.job.seed, len(plan.table), plan.sampler, plan.consistency, self.bundle.sha256)
+        if hasattr(result.image, "info"):
+            result.image.info.update(result.provenance)
+        return result
 
     def _schedule(self, steps: int | None, kind: str | Sequence[float] | None) -> Schedule:
         manifest = self.bundle.manifest
@@ -165,17 +205,6 @@ class Upscaler:
         warn_if_noisy_start_is_wrong(schedule, trained)
         return schedule
 
-    def _task(self, image: ImageLike, rows: Table, seed: int, consistency: Consistency, noise: Noise | None) -> _Task:
-        manifest = self.bundle.manifest
-        picture = read(image, limits=self._limits)
-        self._check_memory(picture.height * manifest.scale, picture.width * manifest.scale)
-        made = condition(picture, scale=manifest.scale, stride=manifest.stride)
-        if consistency == "off":
-            return _Task(picture, Job(made.x, rows, seed, noise))
-        projection = Projection(picture.height, picture.width, manifest.scale)
-        lr = made.lr[:, : picture.height, : picture.width]
-        return _Task(picture, Job(made.x, rows, seed, noise, consistency, lr, projection))
-
     def _check_memory(self, height: int, width: int) -> None:
         available = memory.available()
         needed = self._bytes(height, width)
@@ -191,43 +220,41 @@ class Upscaler:
         tokens = pixels // manifest.attention_stride**2 if manifest.attention_stride else 0
         return pixels * (manifest.bytes_per_pixel + 8 * manifest.channels * single) + 2 * single * tokens**2
 
-    def _refine(self, tasks: list[_Task], on_step: OnStep | None, *, single: bool) -> None:
+    def _refine(self, tasks: list[Task], on_step: OnStep | None, *, single: bool) -> dict[Task, Floats]:
         """Run every task's job to its end; pictures of one padded size share an engine, and the next joins when one is done."""
-        sizes: dict[tuple[int, ...], list[_Task]] = {}
+        sizes: dict[tuple[int, ...], list[Task]] = {}
         for task in tasks:
             sizes.setdefault(task.job.x.shape, []).append(task)
-        total, done = sum(len(task.job.table) for task in tasks), 0
+        total, done, results = sum(len(task.job.table) for task in tasks), 0, dict[Task, Floats]()
         for (channels, height, width), waiting in sizes.items():
             fits = max(1, (memory.available() or 2**62) // self._bytes(height, width))
             capacity = min(len(waiting), self._batch, fits)
-            engine = Engine(self.network, capacity=capacity, channels=channels, height=height, width=width, threads=self._threads)
-            queue, running = list(waiting), {}
+            engine = Engine(self.network, capacity=capacity, channels=channels, height=height, width=width, threads=self.threads)
+            queue, running = list(waiting), dict[Job, Task]()
             while queue or engine.busy:
                 while queue and engine.free:
                     task = queue.pop(0)
                     engine.join(task.job)
                     running[task.job] = task
                 done += engine.busy
-                for job, y in engine.step():
-                    running.pop(job).result = y
-                if on_step is not None and on_step(done, total, lambda: self._preview(tasks, engine, running, single)) is False:  # noqa: B023
+                for ended in engine.step():
+                    results[running.pop(ended.job)] = ended.picture()
+                if on_step is not None and on_step(done, total, lambda: self._preview(tasks, engine, running, results, single)) is False:  # noqa: B023
                     raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
+        return results
 
-    def _preview(self, tasks: list[_Task], engine: Engine, running: dict[Job, _Task], single: bool) -> Any:
-        def one(task: _Task) -> Any:
+    def _preview(self, tasks: list[Task], engine: Engine, running: dict[Job, Task], results: dict[Task, Floats], single: bool) -> Any:
+        def one(task: Task) -> Any:
             if task.job in running:
-                return restore(task.picture, engine.prediction(task.job), scale=self.bundle.manifest.scale)
-            return None if task.result is None else self._picture(task)
+                return self.picture(task, engine.prediction(task.job))
+            return self.picture(task, results[task]) if task in results else None
 
         previews = [one(task) for task in tasks]
         return previews[0] if single else previews
 
-    def _picture(self, task: _Task) -> Any:
-        assert task.result is not None
-        return restore(task.picture, task.result, scale=self.bundle.manifest.scale)
 
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed for each picture, drawn where None was given. Raises OptionError."""
     if seed is None:
         return [secrets.randbits(32) for _ in range(count)]
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count

@@ -37,7 +37,7 @@ def alone(job: Job) -> Floats:
     e.join(job)
     while not (finished := e.step()):
         pass
-    return finished[0][1]
+    return finished[0].picture()
 
 
 def by_hand(job: Job, sampler_rows: Table) -> Floats:
@@ -67,12 +67,12 @@ def test_jobs_of_different_lengths_join_and_leave_at_any_step_and_keep_their_res
     expected = {job: alone(job) for job in jobs}
     e, found = engine(capacity=3), {}
     e.join(jobs[0])
-    found.update(e.step())
+    found.update((ended.job, ended.picture()) for ended in e.step())
     e.join(jobs[1])
     e.join(jobs[2])
     waiting = [jobs[3]]
     while e.busy:
-        found.update(e.step())
+        found.update((ended.job, ended.picture()) for ended in e.step())
         if waiting and e.free:
             e.join(waiting.pop())
     assert found.keys() == expected.keys()
@@ -90,7 +90,7 @@ def test_a_job_that_leaves_early_disturbs_nobody() -> None:
     assert (e.busy, e.free) == (1, 1)
     while not (finished := e.step()):
         pass
-    assert (finished[0][1] == alone(stays)).all()
+    assert (finished[0].picture() == alone(stays)).all()
     with pytest.raises(OptionError, match="not in this engine"):
         e.leave(goes)
 
@@ -152,7 +152,8 @@ def test_consistency_leaves_the_padding_alone() -> None:
     assert (final[:, :, :8] != off[:, :, :8]).any()
 
 
-def test_a_network_that_breaks_is_an_error_that_names_the_step() -> None:
+@pytest.mark.parametrize("consistency", ["off", "every"])
+def test_a_sample_that_breaks_is_an_error_that_names_the_step_and_its_neighbours_go_on(consistency: str) -> None:
     class Breaks(Arithmetic):
         def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
             run, calls = super().bind(x, y, level, out), iter(range(9))
@@ -164,12 +165,20 @@ def test_a_network_that_breaks_is_an_error_that_names_the_step() -> None:
 
             return broken
 
-    e = engine(network=Breaks())
-    e.join(Job(picture(), rows(), seed=0))
-    e.step()
-    e.step()
+    lr, projection = np.zeros((3, 2, 3), np.float32), Projection(2, 3, 4)
+    agrees = {"consistency": consistency, "lr": lr, "projection": projection}
+    breaks, goes_on = Job(picture(), rows(), seed=0, **agrees), Job(picture(1), rows(4), seed=1, **agrees)  # type: ignore[arg-type]
+    e = engine(capacity=2, network=Breaks())
+    e.join(breaks)
+    e.join(goes_on)
+    assert e.step() == e.step() == []
+    (ended,) = e.step()
+    assert ended.job is breaks
     with pytest.raises(NonFiniteError, match=r"step 3 of 6 .* arithmetic in fp32"):
-        e.step()
+        ended.picture()
+    (ended,) = e.step()
+    assert ended.job is goes_on
+    assert (ended.picture() == alone(goes_on)).all()
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -191,4 +200,4 @@ def test_predictions_are_there_for_a_preview() -> None:
     preview[:] = 7  # a copy: the run does not see this
     while not (finished := e.step()):
         pass
-    assert (finished[0][1] == alone(job)).all()
+    assert (finished[0].picture() == alone(job)).all()

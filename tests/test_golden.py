@@ -96,7 +96,7 @@ def test_recorded_run_is_replayed(name: str, golden: Golden, exported: Exported)
         finished = engine.step()
         if k + 1 < len(rows):
             assert engine._y[:batch] == pytest.approx(data["y_traj"][k], abs=1e-4)
-    final = np.stack([y for _, y in finished])
+    final = np.stack([ended.picture() for ended in finished])
     assert final == pytest.approx(data["y_0"], abs=1e-4)
     picture = read(Image.fromarray(data["lr_u8"][0]))
     codes = np.stack([np.asarray(restore(picture, y, scale=manifest.scale)) for y in final])
