@@ -109,22 +109,24 @@ def roofline(entries: Sequence[Entry]) -> str:
 
 def quality(rows: Sequence[dict[str, Any]]) -> str:
     """PSNR over bicubic and high-frequency energy over steps, one line a sampler."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(5.6, 6.4), sharex=True)
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         mine = sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["steps"])
         steps = [row["steps"] for row in mine]
-        left.plot(steps, [row["one"] for row in mine], "o-", label=sampler, markersize=4)
-        right.plot(steps, [row["high_frequencies"] for row in mine], "o-", label=sampler, markersize=4)
-    left.axhline(0, color="black", linewidth=0.8)
-    right.axhline(1, color="black", linewidth=0.8)
-    left.set_ylabel("PSNR of one sample, dB over bicubic")
-    right.set_ylabel("high-frequency energy, share of the original's")
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xlabel("steps")
-        _bare(axes)
-    left.legend(fontsize=8, frameon=False)
-    return _svg(figure, right)
+        top.plot(steps, [row["one"] for row in mine], "o-", label=sampler, markersize=4)
+        bottom.plot(steps, [row["high_frequencies"] for row in mine], "o-", label=sampler, markersize=4)
+    top.axhline(0, color="black", linewidth=0.8)
+    bottom.axhline(1, color="black", linewidth=0.8)
+    top.set_ylabel("PSNR of one sample,\ndB over bicubic")
+    bottom.set_ylabel("high-frequency energy,\nshare of the original's")
+    bottom.set_xlabel("steps")
+    bottom.set_xscale("log")
+    ticks = sorted({row["steps"] for row in rows})
+    bottom.set_xticks(ticks, [str(steps) for steps in ticks])
+    bottom.minorticks_off()
+    top.legend(fontsize=8, frameon=False)
+    _bare(top)
+    return _svg(figure, bottom)
 
 
 def _names(entries: Sequence[Entry]) -> list[str]:
