@@ -1,4 +1,4 @@
-"""The command line: `sr3rt upscale | info | doctor | bench | export`."""
+"""The command line: `sr3rt upscale | info | doctor | bench | serve | export`."""
 
 from __future__ import annotations
 
@@ -167,6 +167,74 @@ def bench(bundle: Path | None = None, /, *, size: int = 256, batch: int = 1, sec
     return 0
 
 
+@app.command
+def serve(
+    bundle: Path | None = None,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    slots: int = 4,
+    max_requests: int = 64,
+    max_pixels: int = 2**26,
+    backend: str = "auto",
+    precision: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+) -> int:
+    """Serve a bundle by Triton Inference Server, until interrupted. Restarts it when it no longer answers.
+
+    Needs a tritonserver on PATH, or the one of the `serve` extra. docs/serving.md says how to run it in production.
+
+    Parameters
+    ----------
+    bundle
+        The bundle; the one that ships when not given.
+    host
+        Address to listen on. Anyone who reaches it can use the server: it asks for no password.
+    http_port
+        HTTP and SSE.
+    grpc_port
+        gRPC.
+    metrics_port
+        Prometheus metrics.
+    slots
+        Most pictures in one network call.
+    max_requests
+        Requests taken on at a time; the next is refused at once.
+    max_pixels
+        Pixels of results taken on at a time.
+    backend
+        auto or onnxruntime.
+    precision
+        auto, fp32 or fp16.
+    device
+        auto or cpu.
+    threads
+        0: one for each core that this process may use.
+    """
+    from sr3rt.bundle import Bundle
+    from sr3rt.serving.configuration import Configuration
+    from sr3rt.serving.run import run
+    from sr3rt.serving.server import Address
+
+    if bundle is not None:
+        Bundle.open(bundle)
+    configuration = Configuration(
+        bundle=str(bundle or ""),
+        backend=backend,
+        precision=precision,
+        device=device,
+        threads=threads,
+        slots=slots,
+        max_requests=max_requests,
+        max_pixels=max_pixels,
+    )
+    return run(configuration, Address(host=host, http=http_port, grpc=grpc_port, metrics=metrics_port), say=_say)
+
+
 @app.command(help_flags=[], version_flags=[])
 def export(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
     """Turn a trained checkpoint into a verified bundle (needs torch); `sr3rt export --help` says how."""
@@ -199,6 +267,10 @@ def run_command(command: App, arguments: list[str] | None = None) -> None:
 def main() -> None:
     """Entry point of the `sr3rt` command."""
     run_command(app)
+
+
+def _say(text: str) -> None:
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _complain(text: str) -> None:

@@ -16,7 +16,11 @@ Each message says what was found, what was expected and what to do. `except sr3r
     ├── CheckpointError                 a checkpoint that cannot be exported (export only)
     ├── ParityError                     the exported network does not reproduce the checkpoint (export only)
     ├── NonFiniteError                  a step produced NaN or infinity; names the step
-    └── Cancelled                       `on_step` returned False
+    ├── Cancelled                       `on_step` returned False, or a request was cancelled
+    └── ServingError                    a request that a server did not take, or did not finish
+        ├── Overloaded                  over the limit of requests or pixels; nothing was begun: try again later
+        ├── DeadlineExceeded            its time ran out, while it waited or ran
+        └── Stopped                     the server is shutting down, or failed for good
 """
 
 from __future__ import annotations
@@ -82,4 +86,20 @@ class NonFiniteError(SR3Error):
 
 
 class Cancelled(SR3Error):
-    """The run was cancelled by its `on_step`."""
+    """The run was cancelled, by its `on_step` or from outside."""
+
+
+class ServingError(SR3Error):
+    """A server did not take a request, or did not finish it."""
+
+
+class Overloaded(ServingError):
+    """A request is over the server's limit of requests or pixels; nothing was begun."""
+
+
+class DeadlineExceeded(ServingError):
+    """A request's time ran out."""
+
+
+class Stopped(ServingError):
+    """The server is shutting down, or failed for good."""

@@ -53,6 +53,13 @@ class Picture:
     def width(self) -> int:
         return int(self.colour.shape[1])
 
+    @property
+    def mode(self) -> str:
+        """Of the PIL image that the result will be."""
+        if self.colour.dtype != np.uint8:
+            return "I;16" if self.colour.dtype == np.uint16 else "F"
+        return ("L" if self.grey else "RGB") + ("" if self.alpha is None else "A")
+
 
 def read(image: ImageLike, *, limits: Limits | None = None) -> Picture:
     """Read a path, the bytes of a file, a PIL image or an array into a `Picture`.

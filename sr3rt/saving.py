@@ -15,20 +15,29 @@ from PIL.PngImagePlugin import PngInfo
 
 from sr3rt.errors import ImageError
 
-__all__ = ["SUFFIXES", "save", "write_atomic"]
+__all__ = ["SUFFIXES", "check", "encode", "save", "write_atomic"]
 
-# Suffix: Pillow's format, and the modes that the format gives back as they were.
+# Pillow's name of a format: the modes that it gives back as they were.
 _COLOUR = ("L", "LA", "RGB", "RGBA")
-SUFFIXES: dict[str, tuple[str, tuple[str, ...]]] = {
-    ".png": ("PNG", (*_COLOUR, "I;16")),
-    ".jpg": ("JPEG", ("L", "RGB")),
-    ".jpeg": ("JPEG", ("L", "RGB")),
-    ".webp": ("WEBP", _COLOUR),
-    ".bmp": ("BMP", ("L", "RGB")),
-    ".tif": ("TIFF", (*_COLOUR, "I;16", "F")),
-    ".tiff": ("TIFF", (*_COLOUR, "I;16", "F")),
-    ".ppm": ("PPM", ("L", "RGB", "I;16")),
-    ".pgm": ("PPM", ("L", "I;16")),
+_MODES: dict[str, tuple[str, ...]] = {
+    "PNG": (*_COLOUR, "I;16"),
+    "JPEG": ("L", "RGB"),
+    "WEBP": _COLOUR,
+    "BMP": ("L", "RGB"),
+    "TIFF": (*_COLOUR, "I;16", "F"),
+    "PPM": ("L", "RGB", "I;16"),
+    "PGM": ("L", "I;16"),
+}
+SUFFIXES: dict[str, str] = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".ppm": "PPM",
+    ".pgm": "PGM",
 }
 
 QUALITY = 95  # of JPEG (without chroma subsampling) and WebP, the lossy formats
@@ -46,16 +55,30 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[s
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ImageError(f"{path}: the suffix {path.suffix!r} names no format; expected one of {', '.join(SUFFIXES)}")
-    kind, modes = SUFFIXES[path.suffix.lower()]
-    if image.mode not in modes:
-        fitting = ", ".join(suffix for suffix, (_, others) in SUFFIXES.items() if image.mode in others)
-        raise ImageError(f"{path}: {kind} cannot hold a picture of mode {image.mode}; write it as {fitting or 'another mode'}")
+    kind = SUFFIXES[path.suffix.lower()]
+    try:
+        encoded = encode(image, kind, provenance=provenance)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    write_atomic(path, encoded)
+
+
+def check(mode: str, kind: str) -> None:
+    """Raises ImageError, saying what could, where format `kind` cannot hold a picture of that mode."""
+    if mode not in _MODES[kind]:
+        fitting = ", ".join(suffix for suffix, other in SUFFIXES.items() if mode in _MODES[other])
+        raise ImageError(f"{kind} cannot hold a picture of mode {mode}; write it as {fitting or 'another mode'}")
+
+
+def encode(image: Image.Image, kind: str, *, provenance: dict[str, str] | None = None) -> bytes:
+    """The bytes of a file in format `kind`, one of Pillow's names: PNG, JPEG, WEBP, BMP, TIFF, PPM or PGM. Otherwise as `save`."""
+    check(image.mode, kind)
     encoded = io.BytesIO()
     try:
-        image.save(encoded, kind, icc_profile=image.info.get("icc_profile"), **_options(kind, provenance))
+        image.save(encoded, "PPM" if kind == "PGM" else kind, icc_profile=image.info.get("icc_profile"), **_options(kind, provenance))
     except (OSError, ValueError) as error:  # above all a picture that is too wide for the format
-        raise ImageError(f"{path}: {image.width}×{image.height} pixels cannot be written as {kind}: {error}") from error
-    write_atomic(path, encoded.getvalue())
+        raise ImageError(f"{image.width}×{image.height} pixels cannot be written as {kind}: {error}") from error
+    return encoded.getvalue()
 
 
 def _options(format: str, provenance: dict[str, str] | None) -> dict[str, Any]:

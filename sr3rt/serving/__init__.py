@@ -1,0 +1,7 @@
+"""Serving: a batcher over the slots engine, a service of pictures over the batcher, and Triton's models over the service.
+
+    triton.py  ─▶  service.py  ─▶  batcher.py  ─▶  sr3rt.engine
+    tensors, codes     pictures, options   jobs, order, limits     steps
+
+Each knows only what is to its right. `server.py` writes a model repository and starts Triton Inference Server on it.
+"""

@@ -1,0 +1,81 @@
+"""`sr3rt serve`: a server that is started, watched, and started again when it no longer answers."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from sr3rt.errors import BackendError
+from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.server import Address, Server, write_repository
+
+START = 120.0  # seconds for a bundle to load
+EVERY = 2.0  # seconds between probes
+SILENT = 150.0  # seconds for a probe's answer: longer than a step of a large picture
+RESTARTS, WITHIN = 3, 300.0  # more restarts than that in so many seconds, and it is given up
+
+
+def run(configuration: Configuration, address: Address, *, say: Callable[[str], None]) -> int:
+    """Serve until SIGINT or SIGTERM: 0. Raises BackendError when the server cannot be started, or dies again and again."""
+    folder = Path(tempfile.mkdtemp(prefix="sr3rt-repository-"))
+    stopping = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopping.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        repository = write_repository(folder / "models", configuration)
+        deaths: list[float] = []
+        while not stopping.is_set():
+            with Server(repository, address, arguments=["--log-info=false"]) as server:
+                server.ready(within=START)
+                say(_served(address) if not deaths else "the server is back")
+                why = _watch(server, stopping)
+                if why is None:
+                    break
+                deaths = [death for death in deaths if time.monotonic() - death < WITHIN] + [time.monotonic()]
+                if len(deaths) > RESTARTS:
+                    raise BackendError(f"the server died {len(deaths)} times in {WITHIN:.0f} s, at last: {why}\n{server.log(4000)}")
+                say(f"the server no longer answers and is started again: {why}")
+        return 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(server: Server, stopping: threading.Event) -> str | None:
+    """None when asked to stop, else why the server is no good any more."""
+    while not stopping.wait(EVERY):
+        if (why := server.ill(timeout=SILENT)) is not None:
+            return why
+    return None
+
+
+def _served(address: Address) -> str:
+    http = f"http://{address.host}:{address.http}"
+    return f"""Serving. Stop with Ctrl-C.
+  HTTP     {http}/v2/models/sr3/infer
+  SSE      {http}/v2/models/sr3_stream/generate_stream
+  gRPC     {address.host}:{address.grpc}, models sr3 and sr3_stream
+  metrics  http://{address.host}:{address.metrics}/metrics
+
+From a shell:
+  (printf '{{"base64": true, "image": "'; base64 -w0 photo.png; printf '"}}') |
+    curl -s {http}/v2/models/sr3/generate -d @- |
+    python3 -c 'import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["image"]))' > large.png
+
+From Python, with  pip install "tritonclient[http]" :
+  import numpy, tritonclient.http as triton
+  picture = triton.InferInput("image", [1], "BYTES")
+  picture.set_data_from_numpy(numpy.array([open("photo.png", "rb").read()], object))
+  answer = triton.InferenceServerClient("{address.host}:{address.http}").infer("sr3", [picture], parameters={{"steps": 9}})
+  open("large.png", "wb").write(answer.as_numpy("image")[0])
+"""

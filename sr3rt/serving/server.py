@@ -1,0 +1,192 @@
+"""Triton Inference Server as a process: find one, write it a model repository, start it, ask whether it lives, stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sr3rt.errors import BackendError, MissingExtra, OptionError
+from sr3rt.serving.configuration import Configuration
+
+REPOSITORY = Path(__file__).parent / "repository"
+"""The model repository that comes with sr3rt: `triton_repo/`."""
+
+PROBE = json.dumps({"inputs": [], "parameters": {"probe": True}})
+"""Body of a request to model sr3 that answers 200 while steps can be done; see docs/serving.md."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    @property
+    def arguments(self) -> list[str]:
+        """For tritonserver."""
+        kinds = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
+        return [argument for kind, port in kinds.items() for argument in (f"--{kind}-address={self.host}", f"--{kind}-port={port}")]
+
+    def check_free(self) -> None:
+        """Raises OptionError where another process listens: its answers would be taken for ours."""
+        for kind, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
+            family, _, _, _, where = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as attempt:
+                attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    attempt.bind(where)
+                except OSError as error:
+                    raise OptionError(f"{self.host}:{port} cannot be listened on ({error.strerror}): choose another {kind} port") from None
+
+
+def write_repository(target: Path, configuration: Configuration) -> Path:
+    """Copy the model repository to `target`, which must not exist, with the configuration's values that are not the default.
+
+    Raises OptionError.
+    """
+    if target.exists():
+        raise OptionError(f"{target} exists: give a folder that does not, or edit the config.pbtxt files there")
+    defaults = asdict(Configuration())
+    given = {key: str(value) for key, value in asdict(configuration).items() if value != defaults[key]}
+    if "bundle" in given:
+        given["bundle"] = str(Path(given["bundle"]).absolute())
+    shutil.copytree(REPOSITORY, target, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in target.glob("*/config.pbtxt"):
+        text = path.read_text(encoding="utf-8")
+        for key, value in given.items():
+            setting = f'key: "{key}" value: {{ string_value: {json.dumps(value)} }}'
+            text = re.sub(rf'key: "{key}" value: \{{ string_value: ".*?" \}}', setting.replace("\\", r"\\"), text)
+        path.write_text(text, encoding="utf-8")
+    return target
+
+
+class Server:
+    """A tritonserver on a repository. Use it in a `with` statement; it is stopped at the end.
+
+    The server on PATH is taken where there is one, else the one of the `serve` extra, which has Triton's python backend and no other.
+    Raises MissingExtra, BackendError, OptionError.
+    """
+
+    def __init__(self, repository: Path, address: Address, *, arguments: Sequence[str] = ()) -> None:
+        address.check_free()
+        self.address = address
+        self._folder = Path(tempfile.mkdtemp(prefix="sr3rt-serve-"))
+        try:
+            command, environment = _installed(self._folder)
+            self._log = (self._folder / "log").open("w+b")
+            self._process = subprocess.Popen(
+                [*command, f"--model-repository={repository}", *address.arguments, *arguments],
+                env=environment,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+            )
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Of tritonserver; the models' processes are its children."""
+        return self._process.pid
+
+    def ready(self, *, within: float) -> None:
+        """Wait for a real answer. Raises BackendError, with the end of the server's log, when it does not come."""
+        end = time.monotonic() + within
+        while (why := self.ill(timeout=within)) is not None:
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise BackendError(f"Triton Inference Server did not become ready: {why}\n{self.log(4000)}")
+            time.sleep(0.1)
+
+    def ill(self, *, timeout: float) -> str | None:
+        """Why it does not serve, None while it does: asks the model itself, as Triton calls models ready whose process is gone."""
+        status = self._process.poll()
+        if status is not None:
+            return f"the server ended with status {status}"
+        return probe(self.address, timeout=timeout)
+
+    def log(self, characters: int) -> str:
+        """The end of what the server printed."""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - characters))
+        return self._log.read().decode(errors="replace")
+
+    def stop(self) -> None:
+        """SIGTERM, which lets requests finish; SIGKILL when that takes longer than a minute."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def probe(address: Address, *, timeout: float) -> str | None:
+    """Why no step is done there, None when one is."""
+    connection = http.client.HTTPConnection(address.host, address.http, timeout=timeout)
+    try:
+        connection.request("POST", "/v2/models/sr3/infer", PROBE, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        connection.close()
+    return None if response.status == 200 else f"HTTP {response.status}: {text}"
+
+
+def _installed(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the server that is there."""
+    environment = dict(os.environ)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])  # the models' Python
+    if found := shutil.which("tritonserver"):
+        return [found], environment
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtra("a Triton Inference Server (none is on PATH)", "nvidia-pytriton", "cpu,serve")
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        raise BackendError(
+            f"this Triton Inference Server corrupts tensors of NumPy 2, and NumPy {np.__version__} is installed: "
+            'make an environment of its own and there run  pip install "sr3rt[cpu,serve]"'
+        )
+    triton = Path(spec.submodule_search_locations[0]) / "tritonserver"
+    stub = triton / "python_backend_stubs" / sysconfig.get_python_version() / "triton_python_backend_stub"
+    if not stub.exists():
+        versions = ", ".join(sorted(path.name for path in stub.parents[1].iterdir()))
+        raise BackendError(f"this Triton Inference Server runs Python {versions}; this is Python {sysconfig.get_python_version()}")
+    backend = folder / "backends" / "python"  # the stub of this Python version must lie beside the backend
+    backend.mkdir(parents=True)
+    for source in (*(triton / "backends" / "python").glob("*.*"), stub):
+        (backend / source.name).symlink_to(source)
+    libraries = [sysconfig.get_config_var("LIBDIR") or "", environment.get("LD_LIBRARY_PATH", "")]  # libpython of this interpreter
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
+    flags = [f"--backend-directory={folder / 'backends'}", f"--cache-directory={triton / 'caches'}", "--disable-auto-complete-config"]
+    return [str(triton / "bin" / "tritonserver"), *flags], environment

@@ -1,0 +1,290 @@
+"""Triton's two models (python backend): `Core` owns the weights and the batcher and tells progress; `Front` answers once.
+
+A decoupled model, which may answer many times, refuses plain HTTP and unary gRPC calls; so `Front`, which is not decoupled, passes
+such a call on to `Core` inside the server. All requests so share one batch. Both answer from their own threads, after `execute` has
+returned. Importable only in Triton's python stub, which brings `triton_python_backend_utils`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from sr3rt.decoding import Limits
+from sr3rt.errors import Cancelled, DeadlineExceeded, ImageError, OptionError, Overloaded, Stopped
+from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.meters import Meters
+from sr3rt.serving.query import Query
+from sr3rt.serving.service import Encoded, Handle, Reply, Service
+from sr3rt.upscaler import load
+
+WATCH = 0.05  # seconds between looks at which requests were cancelled
+RELAYED = "sr3rt"  # parameter in which Front passes on everything: a call inside the server takes no floats and no timeout
+CANCEL = "sr3rt_cancel"
+RESERVED = "triton_"  # how parameters begin that Triton's own clients add
+
+_CODES = (  # by name: the module is whole only when a model is initialised
+    (OptionError, "INVALID_ARG"),
+    (ImageError, "INVALID_ARG"),
+    (Overloaded, "UNAVAILABLE"),
+    (DeadlineExceeded, "UNAVAILABLE"),
+    (Stopped, "UNAVAILABLE"),
+    (Cancelled, "CANCELLED"),
+)
+
+
+class Core:
+    """`sr3_stream`: decoupled, a response for each step and one for the result."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the bundle and prove it by a step: a model that becomes ready can upscale."""
+        _check_tensors()
+        config = Configuration.read(args["model_config"])
+        limits = Limits(file_bytes=config.max_file_bytes)
+        upscaler = load(
+            config.bundle or None,
+            backend=config.backend,
+            precision=config.precision,
+            device=config.device,
+            threads=config.threads,
+            limits=limits,
+        )
+        self._drain = config.drain_s
+        self._service = Service(upscaler, config.settings)
+        self._service.probe()
+        self._running: dict[str, Handle] = {}
+        self._watch = _Watch()
+        self._meters = Meters(self._service, args["model_name"])
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take each request on, or refuse it, at once."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._begin(request, sender)
+            except Exception as error:
+                _send(sender, _refusal(error, request))
+
+    def finalize(self) -> None:
+        """Unloading: finish what is in hand."""
+        self._service.close(drain=self._drain)
+        self._meters.close()
+        self._watch.close()
+
+    def _begin(self, request: Any, sender: Any) -> None:
+        parameters = json.loads(request.parameters() or "{}")
+        relayed = RELAYED in parameters
+        if relayed:
+            parameters = json.loads(parameters[RELAYED])
+        if CANCEL in parameters:
+            if handle := self._running.get(parameters[CANCEL]):
+                handle.cancel()
+            _send(sender, _response({}, None, request))
+            return
+        if "probe" in parameters:
+            threading.Thread(target=self._probe, args=(request, sender), daemon=True).start()
+            return
+        name = parameters.pop("id", "") if relayed else ""
+        parameters = {key: value for key, value in parameters.items() if not key.startswith(RESERVED)}
+        if "sr3_priority" in parameters:  # what is called priority is kept by Triton for itself
+            parameters["priority"] = parameters.pop("sr3_priority")
+        if request.timeout():
+            parameters.setdefault("timeout_ms", request.timeout() / 1000)
+        asked = {"image", "pixels"} & set(request.requested_output_names())
+        if len(asked) == 1:
+            parameters.setdefault("format", "pixels" if "pixels" in asked else "png")
+        name = name or secrets.token_hex(16)
+
+        def reply(outcome: Reply | Exception) -> None:
+            last = isinstance(outcome, Exception) or outcome.final
+            if last:
+                self._watch.discard(name)
+                self._running.pop(name, None)
+                self._meters.observe(outcome)
+            if isinstance(outcome, Exception):
+                _send(sender, _refusal(outcome, request))
+            else:
+                _send(sender, _response(outcome.info, outcome.image, request), last=last)
+
+        try:
+            handle = self._service.submit(_image(request), Query.parse(parameters), reply, progress=not relayed)
+        except Exception as error:
+            self._meters.observe(error)
+            raise
+        self._running[name] = handle
+        self._watch.add(name, sender, handle.cancel)
+        if handle.done:
+            self._watch.discard(name)
+            self._running.pop(name, None)
+
+    def _probe(self, request: Any, sender: Any) -> None:
+        try:
+            _send(sender, _response(self._service.probe(), None, request))
+        except Exception as error:
+            _send(sender, _refusal(error, request))
+
+
+class Front:
+    """`sr3`: one answer to each request, over HTTP and unary gRPC; `Core` does the work."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Needs nothing but the name of the core."""
+        _check_tensors()
+        config = Configuration.read(args["model_config"])
+        self._core = config.core
+        self._most = config.settings.requests + 32  # the core's limit answers first
+        self._waiting = threading.BoundedSemaphore(self._most)
+        self._pool = ThreadPoolExecutor(max_workers=self._most, thread_name_prefix="sr3rt-relay")
+        self._watch = _Watch()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Pass each request on, from a thread of its own."""
+        for request in requests:
+            sender = request.get_response_sender()
+            if not self._waiting.acquire(blocking=False):
+                _send(sender, _refusal(Overloaded(f"{self._most} requests are unfinished: try again later"), request))
+                continue
+            self._pool.submit(self._relay, request, sender)
+
+    def finalize(self) -> None:
+        """Unloading: wait for what is in hand."""
+        self._pool.shutdown()
+        self._watch.close()
+
+    def _relay(self, request: Any, sender: Any) -> None:
+        name = secrets.token_hex(16)
+        try:
+            parameters = {**json.loads(request.parameters() or "{}"), "id": name}
+            if request.timeout():
+                parameters.setdefault("timeout_ms", request.timeout() / 1000)
+            wanted = sorted({*request.requested_output_names(), "info"})
+            call = self._call(parameters, request.inputs(), wanted)
+            self._watch.add(name, sender, lambda: self._cancel(name))
+            answer = None
+            for response in call.exec(decoupled=True):
+                if response.has_error() or response.output_tensors():
+                    answer = response
+            if answer is None:
+                raise Stopped(f"the model {self._core} gave no answer: restart the server")
+            self._watch.discard(name)
+            _send(sender, _answer(answer))
+        except Exception as error:
+            self._watch.discard(name)
+            _send(sender, _refusal(Stopped(f"the model {self._core} cannot be reached: {error}"), request))
+        finally:
+            self._waiting.release()
+
+    def _call(self, parameters: dict[str, Any], inputs: list[Any], outputs: list[str]) -> Any:
+        return pb.InferenceRequest(
+            model_name=self._core, requested_output_names=outputs, inputs=inputs, parameters={RELAYED: json.dumps(parameters)}
+        )
+
+    def _cancel(self, name: str) -> None:
+        for _ in self._call({CANCEL: name}, [], ["info"]).exec(decoupled=True):
+            pass
+
+
+class _Watch:
+    """A thread that notices which requests were cancelled; Triton only answers when asked."""
+
+    def __init__(self) -> None:
+        self._watched: dict[str, tuple[Any, Any]] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="sr3rt-watch", daemon=True)
+        self._thread.start()
+
+    def add(self, name: str, sender: Any, cancel: Any) -> None:
+        """Call `cancel` once when the request of `sender` is cancelled."""
+        self._watched[name] = sender, cancel
+
+    def discard(self, name: str) -> None:
+        """It is answered."""
+        self._watched.pop(name, None)
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._closed.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._closed.wait(WATCH):
+            for name, (sender, cancel) in list(self._watched.items()):
+                try:
+                    if sender.is_cancelled():
+                        self.discard(name)
+                        cancel()
+                except Exception as error:  # answered meanwhile
+                    pb.Logger.log_verbose(f"{name}: {error}")
+
+
+def _image(request: Any) -> Encoded:
+    encoded, pixels = (pb.get_input_tensor_by_name(request, name) for name in ("image", "pixels"))
+    if (encoded is None) == (pixels is None):
+        raise OptionError(
+            "give one input: `image`, the bytes of a picture file, or `pixels`, uint8 (height, width, channels); "
+            f"found {'neither' if encoded is None else 'both'}"
+        )
+    if pixels is not None:
+        array: Encoded = np.array(pixels.as_numpy())  # Triton's memory is taken back
+        return array
+    (data,) = encoded.as_numpy().ravel()
+    return bytes(data)
+
+
+def _response(info: dict[str, Any], image: Encoded | None, request: Any) -> Any:
+    tensors = [pb.Tensor("info", np.array([json.dumps(info).encode()], np.object_))]
+    if isinstance(image, bytes):
+        tensors.append(pb.Tensor("image", np.array([image], np.object_)))
+    elif image is not None:
+        tensors.append(pb.Tensor("pixels", np.ascontiguousarray(image)))
+    wanted = request.requested_output_names()
+    return pb.InferenceResponse([tensor for tensor in tensors if tensor.name() in wanted])
+
+
+def _refusal(error: Exception, request: Any) -> Any:
+    """`error` as the answer to `request`. Front gets it as JSON: on a call inside the server, Triton forgets the code of an error."""
+    text, code = _described(error)
+    if RELAYED in (request.parameters() or ""):
+        return _response({"error": text, "code": code}, None, request)
+    return pb.InferenceResponse(error=pb.TritonError(text, getattr(pb.TritonError, code)))
+
+
+def _answer(response: Any) -> Any:
+    """What Front answers, from the core's last response."""
+    if response.has_error():
+        return pb.InferenceResponse(error=response.error())
+    tensors = response.output_tensors()
+    (info,) = (json.loads(tensor.as_numpy()[0]) for tensor in tensors if tensor.name() == "info")
+    if "error" in info:
+        return pb.InferenceResponse(error=pb.TritonError(info["error"], getattr(pb.TritonError, info["code"])))
+    return pb.InferenceResponse(tensors)
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    return str(error) or type(error).__name__, next((code for kind, code in _CODES if isinstance(error, kind)), "INTERNAL")
+
+
+def _send(sender: Any, response: Any, *, last: bool = True) -> None:
+    try:
+        if last:
+            sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        else:
+            sender.send(response)
+    except Exception as error:  # the client is gone: nobody to tell
+        pb.Logger.log_warn(f"an answer could not be sent: {error}")
+
+
+def _check_tensors() -> None:
+    """Some of Triton's stubs silently corrupt tensors of a NumPy newer than they know."""
+    for array in (np.arange(12, dtype=np.uint8).reshape(2, 3, 2), np.array([b"\x00\xff"], np.object_)):
+        given = pb.Tensor("x", array).as_numpy()
+        if given.shape != array.shape or given.tolist() != array.tolist():
+            raise pb.TritonModelException(
+                f"this Triton's python backend corrupts tensors of NumPy {np.__version__}: install numpy==1.26.4 where it runs Python"
+            )
