@@ -9,28 +9,30 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 VENV = .venv/.stamp
 VENV_DEMO = .venv-demo/.stamp
-VENV_NUMPY1 = .venv-numpy1/.stamp
+VENV_SERVE = .venv-serve/.stamp
 
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard sr3rt/native/*)
-PACKAGE := $(NATIVE) LICENSE README.md $(shell find sr3rt export -type f -not -name '*.pyc' -not -name '*.so')
+PACKAGE := $(NATIVE) LICENSE README.md $(shell find sr3rt export triton_repo -type f -not -name '*.pyc' -not -name '*.so')
 # What runs without the export extra, and so with the oldest numpy that is supported.
 RUNTIME_TESTS = $(shell grep -LE '^ *(import|from) +(torch|onnx|onnxscript|safetensors|export|sr3rt\.export|benchmarks)\b' tests/test_*.py \
 	| grep -v test_package)
-NUMPY1_WORKS := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info < (3, 13) else "")')
+# NumPy 1.26, which Triton needs, has no wheels for Python 3.13 and later.
+SERVE_PYTHON ?= $(shell for python in $(PYTHON) python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo test test-numpy1 bench check clean
+.PHONY: demo test test-serve bench check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV_DEMO)
 	.venv-demo/bin/sr3rt upscale -i examples/photo.png -o demo/photo.png --compare --overwrite
 	@echo 'Results, in $(CURDIR)/demo:' && ls -1 demo
 
-test: $(VENV) $(if $(NUMPY1_WORKS),test-numpy1)
+test: $(VENV) test-serve
 	.venv/bin/python -m pytest
-	$(if $(NUMPY1_WORKS),,@echo 'Not run: the tests with numpy 1.26, which has no wheels for Python 3.13 and later.')
 
-test-numpy1: $(VENV_NUMPY1)
-	.venv-numpy1/bin/python -m pytest -q $(RUNTIME_TESTS)
+# What needs no torch, with the oldest NumPy; and everything that asks a real Triton Inference Server.
+test-serve: $(VENV_SERVE)
+	.venv-serve/bin/python -m pytest -q tests/triton $(RUNTIME_TESTS)
 
 bench: $(VENV)
 	.venv/bin/python -m pytest -q benchmarks/ $(BENCH)
@@ -52,11 +54,13 @@ $(VENV_DEMO): $(PACKAGE)
 	.venv-demo/bin/python $(PIP_INSTALL) '.[cpu]'
 	@touch $@
 
-$(VENV_NUMPY1): $(NATIVE)
-	@echo 'Making .venv-numpy1, without torch: about a minute.'
-	$(PYTHON) -m venv .venv-numpy1
-	.venv-numpy1/bin/python $(PIP_INSTALL) --editable '.[cpu]' 'numpy==1.26.*' pytest scikit-image
+$(VENV_SERVE): $(NATIVE)
+	@test -n '$(SERVE_PYTHON)' || { echo 'No Python 3.11 or 3.12 is here: Triton Inference Server cannot be tested. Install one.'; exit 1; }
+	@echo 'Making .venv-serve, with Triton Inference Server and without torch: about a minute.'
+	$(SERVE_PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python $(PIP_INSTALL) --editable '.[cpu,serve]' pytest scikit-image \
+		|| { echo 'Triton Inference Server could not be installed: its tests cannot run, and so `make test` fails.'; exit 1; }
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-numpy1 build dist demo .benchmarks benchmarks/.cache benchmarks/report .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-demo .venv-serve build dist demo .benchmarks benchmarks/.cache benchmarks/report .mypy_cache .pytest_cache .ruff_cache

@@ -78,7 +78,7 @@ def test_metadata_names_the_licence_and_few_dependencies(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     required = [line.split(";")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split(">=")[0].strip() for line in required) == ["cyclopts", "filelock", "numpy", "pillow", "rich"]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "rtx", "export", "bench", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "rtx", "serve", "export", "bench", "test"}
 
 
 def test_import_is_light_and_comes_from_the_environment(python: Path, tmp_path: Path) -> None:

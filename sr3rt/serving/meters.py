@@ -1,8 +1,12 @@
-"""A service's figures on Triton's own metrics endpoint."""
+"""A service's figures on Triton's own metrics endpoint.
+
+Triton's python backend takes metrics from one thread only: from several at a time, the server crashes (seen with 2.51).
+"""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import Any
 
 import triton_python_backend_utils as pb
@@ -32,7 +36,7 @@ _OUTCOMES = (
 
 
 class Meters:
-    """Copies the service's counts every `EVERY` seconds, and counts outcomes as they come."""
+    """A thread that every `EVERY` seconds tells Triton the service's counts and the outcomes of requests."""
 
     def __init__(self, service: Service, model: str) -> None:
         self._service, labels = service, {"model": model}
@@ -54,22 +58,17 @@ class Meters:
         names = ["ok", "failed", *dict.fromkeys(name for _, name in _OUTCOMES)]
         self._outcomes = {name: family.Metric(labels={**labels, "outcome": name}) for name in names}
         self._before = service.counts()
+        self._ended = deque[Reply | Exception]()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._report, name="sr3rt-meters", daemon=True)
         self._thread.start()
 
     def observe(self, outcome: Reply | Exception) -> None:
         """A request ended."""
-        if isinstance(outcome, Reply):
-            self._queue.observe(outcome.info["queue_ms"] / 1000)
-            self._total.observe(outcome.info["total_ms"] / 1000)
-            name = "ok"
-        else:
-            name = next((name for kind, name in _OUTCOMES if isinstance(outcome, kind)), "failed")
-        self._outcomes[name].increment(1)
+        self._ended.append(outcome)
 
     def close(self) -> None:
-        """Copy a last time."""
+        """Tell a last time."""
         self._closed.set()
         self._thread.join()
 
@@ -77,6 +76,8 @@ class Meters:
         closing = False
         while not closing:
             closing = self._closed.wait(EVERY)
+            while self._ended:
+                self._count(self._ended.popleft())
             counts = self._service.counts()
             for field, counter in self._counters.items():
                 counter.increment(getattr(counts, field) - getattr(self._before, field))
@@ -84,3 +85,12 @@ class Meters:
                 gauge.set(getattr(counts, field))
             self._well.set(float(self._service.well))
             self._before = counts
+
+    def _count(self, outcome: Reply | Exception) -> None:
+        if isinstance(outcome, Reply):
+            self._queue.observe(outcome.info["queue_ms"] / 1000)
+            self._total.observe(outcome.info["total_ms"] / 1000)
+            name = "ok"
+        else:
+            name = next((name for kind, name in _OUTCOMES if isinstance(outcome, kind)), "failed")
+        self._outcomes[name].increment(1)

@@ -40,9 +40,11 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
                 why = _watch(server, stopping)
                 if why is None:
                     break
+                log = server.log(4000)
+                server.stop(patience=1.0)  # it would wait for requests that nobody works on
                 deaths = [death for death in deaths if time.monotonic() - death < WITHIN] + [time.monotonic()]
                 if len(deaths) > RESTARTS:
-                    raise BackendError(f"the server died {len(deaths)} times in {WITHIN:.0f} s, at last: {why}\n{server.log(4000)}")
+                    raise BackendError(f"the server died {len(deaths)} times in {WITHIN:.0f} s, at last: {why}\n{log}")
                 say(f"the server no longer answers and is started again: {why}")
         return 0
     finally:

@@ -31,6 +31,8 @@ REPOSITORY = Path(__file__).parent / "repository"
 PROBE = json.dumps({"inputs": [], "parameters": {"probe": True}})
 """Body of a request to model sr3 that answers 200 while steps can be done; see docs/serving.md."""
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 # where Linux keeps it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
@@ -93,12 +95,14 @@ class Server:
         self._folder = Path(tempfile.mkdtemp(prefix="sr3rt-serve-"))
         try:
             command, environment = _installed(self._folder)
-            self._log = (self._folder / "log").open("w+b")
+            shared = [f"--backend-config=python,shm-region-prefix-name={self._folder.name}"]
+            self._log = (self._folder / "log").open("wb")
             self._process = subprocess.Popen(
-                [*command, f"--model-repository={repository}", *address.arguments, *arguments],
+                [*command, f"--model-repository={repository}", *address.arguments, *shared, *arguments],
                 env=environment,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -131,20 +135,24 @@ class Server:
         return probe(self.address, timeout=timeout)
 
     def log(self, characters: int) -> str:
-        """The end of what the server printed."""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - characters))
-        return self._log.read().decode(errors="replace")
+        """The end of the server's warnings and errors, and of what the models printed."""
+        self._log.flush()
+        lines = (self._folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(line for line in lines if not re.match(r"[|+]|I\d{4} |$", line))[-characters:]
 
-    def stop(self) -> None:
-        """SIGTERM, which lets requests finish; SIGKILL when that takes longer than a minute."""
+    def stop(self, *, patience: float = 60.0) -> None:
+        """SIGTERM, which lets requests finish; SIGKILL when that takes longer than `patience` seconds. May be called again."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(60)
+            self._process.wait(patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # models outlive a server that was killed,
+        for left in SHARED_MEMORY.glob(f"{self._folder.name}*"):  # and so does what they shared
+            left.unlink(missing_ok=True)
         self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from sr3rt.serving.query import Query
 from sr3rt.serving.service import Encoded, Handle, Reply, Service
 from sr3rt.upscaler import load
 
+HEARTBEAT = 1.0  # seconds between questions whether the core lives
 WATCH = 0.05  # seconds between looks at which requests were cancelled
 RELAYED = "sr3rt"  # parameter in which Front passes on everything: a call inside the server takes no floats and no timeout
 CANCEL = "sr3rt_cancel"
@@ -65,11 +66,11 @@ class Core:
     def execute(self, requests: list[Any]) -> None:
         """Take each request on, or refuse it, at once."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender = _Sender(request)
             try:
                 self._begin(request, sender)
             except Exception as error:
-                _send(sender, _refusal(error, request))
+                sender.send(_refusal(error, request))
 
     def finalize(self) -> None:
         """Unloading: finish what is in hand."""
@@ -77,7 +78,7 @@ class Core:
         self._meters.close()
         self._watch.close()
 
-    def _begin(self, request: Any, sender: Any) -> None:
+    def _begin(self, request: Any, sender: _Sender) -> None:
         parameters = json.loads(request.parameters() or "{}")
         relayed = RELAYED in parameters
         if relayed:
@@ -85,7 +86,7 @@ class Core:
         if CANCEL in parameters:
             if handle := self._running.get(parameters[CANCEL]):
                 handle.cancel()
-            _send(sender, _response({}, None, request))
+            sender.send(_response({}, None, request))
             return
         if "probe" in parameters:
             threading.Thread(target=self._probe, args=(request, sender), daemon=True).start()
@@ -108,9 +109,9 @@ class Core:
                 self._running.pop(name, None)
                 self._meters.observe(outcome)
             if isinstance(outcome, Exception):
-                _send(sender, _refusal(outcome, request))
+                sender.send(_refusal(outcome, request))
             else:
-                _send(sender, _response(outcome.info, outcome.image, request), last=last)
+                sender.send(_response(outcome.info, outcome.image, request), last=last)
 
         try:
             handle = self._service.submit(_image(request), Query.parse(parameters), reply, progress=not relayed)
@@ -118,16 +119,17 @@ class Core:
             self._meters.observe(error)
             raise
         self._running[name] = handle
-        self._watch.add(name, sender, handle.cancel)
+        if not relayed:  # Front watches those, and says so
+            self._watch.add(name, sender, handle.cancel)
         if handle.done:
             self._watch.discard(name)
             self._running.pop(name, None)
 
-    def _probe(self, request: Any, sender: Any) -> None:
+    def _probe(self, request: Any, sender: _Sender) -> None:
         try:
-            _send(sender, _response(self._service.probe(), None, request))
+            sender.send(_response(self._service.probe(), None, request))
         except Exception as error:
-            _send(sender, _refusal(error, request))
+            sender.send(_refusal(error, request))
 
 
 class Front:
@@ -140,24 +142,29 @@ class Front:
         self._core = config.core
         self._most = config.settings.requests + 32  # the core's limit answers first
         self._waiting = threading.BoundedSemaphore(self._most)
-        self._pool = ThreadPoolExecutor(max_workers=self._most, thread_name_prefix="sr3rt-relay")
         self._watch = _Watch()
+        self._relayed: dict[str, tuple[_Sender, Any]] = {}
+        self._closed = threading.Event()
+        self._heart = threading.Thread(target=self._listen, name="sr3rt-heart", daemon=True)
+        self._heart.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Pass each request on, from a thread of its own."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender = _Sender(request)
             if not self._waiting.acquire(blocking=False):
-                _send(sender, _refusal(Overloaded(f"{self._most} requests are unfinished: try again later"), request))
+                sender.send(_refusal(Overloaded(f"{self._most} requests are unfinished: try again later"), request))
                 continue
-            self._pool.submit(self._relay, request, sender)
+            # Not of a pool: a call whose core dies never returns, and only daemon threads may be left behind.
+            threading.Thread(target=self._relay, args=(request, sender), daemon=True).start()
 
     def finalize(self) -> None:
-        """Unloading: wait for what is in hand."""
-        self._pool.shutdown()
+        """Unloading, when Triton has seen every answer."""
+        self._closed.set()
+        self._heart.join()
         self._watch.close()
 
-    def _relay(self, request: Any, sender: Any) -> None:
+    def _relay(self, request: Any, sender: _Sender) -> None:
         name = secrets.token_hex(16)
         try:
             parameters = {**json.loads(request.parameters() or "{}"), "id": name}
@@ -166,6 +173,7 @@ class Front:
             wanted = sorted({*request.requested_output_names(), "info"})
             call = self._call(parameters, request.inputs(), wanted)
             self._watch.add(name, sender, lambda: self._cancel(name))
+            self._relayed[name] = sender, request
             answer = None
             for response in call.exec(decoupled=True):
                 if response.has_error() or response.output_tensors():
@@ -173,12 +181,33 @@ class Front:
             if answer is None:
                 raise Stopped(f"the model {self._core} gave no answer: restart the server")
             self._watch.discard(name)
-            _send(sender, _answer(answer))
+            sender.send(_answer(answer))
         except Exception as error:
             self._watch.discard(name)
-            _send(sender, _refusal(Stopped(f"the model {self._core} cannot be reached: {error}"), request))
+            sender.send(_refusal(Stopped(f"the model {self._core} cannot be reached: {error}"), request))
         finally:
+            self._relayed.pop(name, None)
             self._waiting.release()
+
+    def _listen(self) -> None:
+        """Every `HEARTBEAT` ask the core for a word while requests are with it: of a process that dies, those would never end."""
+        while not self._closed.wait(HEARTBEAT):
+            waiting = dict(self._relayed)
+            if waiting and (why := self._silent()):
+                for name, (sender, request) in waiting.items():
+                    self._watch.discard(name)
+                    sender.send(_refusal(Stopped(f"the model {self._core} is gone, restart the server: {why}"), request))
+
+    def _silent(self) -> str:
+        try:
+            errors = [
+                response.error().message()
+                for response in self._call({CANCEL: ""}, [], ["info"]).exec(decoupled=True)
+                if response.has_error()
+            ]
+        except Exception as error:
+            return str(error)
+        return errors[0] if errors else ""
 
     def _call(self, parameters: dict[str, Any], inputs: list[Any], outputs: list[str]) -> Any:
         return pb.InferenceRequest(
@@ -190,16 +219,44 @@ class Front:
             pass
 
 
+class _Sender:
+    """A request's answers. Triton's own sender may not be asked anything once the last is out: the server would crash."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+        self._lock = threading.Lock()
+        self._done = False
+
+    def send(self, response: Any, *, last: bool = True) -> None:
+        """The next answer; nothing after the last."""
+        with self._lock:
+            if self._done:
+                return
+            self._done = last
+            try:
+                if last:
+                    self._sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                else:
+                    self._sender.send(response)
+            except Exception as error:  # the client is gone: nobody to tell
+                pb.Logger.log_warn(f"an answer could not be sent: {error}")
+
+    def cancelled(self) -> bool:
+        """Whether the client no longer waits."""
+        with self._lock:
+            return not self._done and bool(self._sender.is_cancelled())
+
+
 class _Watch:
     """A thread that notices which requests were cancelled; Triton only answers when asked."""
 
     def __init__(self) -> None:
-        self._watched: dict[str, tuple[Any, Any]] = {}
+        self._watched: dict[str, tuple[_Sender, Callable[[], None]]] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="sr3rt-watch", daemon=True)
         self._thread.start()
 
-    def add(self, name: str, sender: Any, cancel: Any) -> None:
+    def add(self, name: str, sender: _Sender, cancel: Callable[[], None]) -> None:
         """Call `cancel` once when the request of `sender` is cancelled."""
         self._watched[name] = sender, cancel
 
@@ -215,12 +272,9 @@ class _Watch:
     def _look(self) -> None:
         while not self._closed.wait(WATCH):
             for name, (sender, cancel) in list(self._watched.items()):
-                try:
-                    if sender.is_cancelled():
-                        self.discard(name)
-                        cancel()
-                except Exception as error:  # answered meanwhile
-                    pb.Logger.log_verbose(f"{name}: {error}")
+                if sender.cancelled():
+                    self.discard(name)
+                    cancel()
 
 
 def _image(request: Any) -> Encoded:
@@ -257,8 +311,9 @@ def _refusal(error: Exception, request: Any) -> Any:
 
 def _answer(response: Any) -> Any:
     """What Front answers, from the core's last response."""
-    if response.has_error():
-        return pb.InferenceResponse(error=response.error())
+    if response.has_error():  # Triton's own, as the core's are in `info`
+        text = f"the model that holds the weights cannot be reached, restart the server: {response.error().message()}"
+        return pb.InferenceResponse(error=pb.TritonError(text, pb.TritonError.UNAVAILABLE))
     tensors = response.output_tensors()
     (info,) = (json.loads(tensor.as_numpy()[0]) for tensor in tensors if tensor.name() == "info")
     if "error" in info:
@@ -268,16 +323,6 @@ def _answer(response: Any) -> Any:
 
 def _described(error: Exception) -> tuple[str, str]:
     return str(error) or type(error).__name__, next((code for kind, code in _CODES if isinstance(error, kind)), "INTERNAL")
-
-
-def _send(sender: Any, response: Any, *, last: bool = True) -> None:
-    try:
-        if last:
-            sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        else:
-            sender.send(response)
-    except Exception as error:  # the client is gone: nobody to tell
-        pb.Logger.log_warn(f"an answer could not be sent: {error}")
 
 
 def _check_tensors() -> None:

@@ -1,0 +1,128 @@
+"""Requests that are wrong in many ways, the same for the same seed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Body = tuple[str, bytes, dict[str, str]]
+
+INFER = ("/v2/models/sr3/infer", "/v2/models/sr3_stream/infer")
+JSON = {"Content-Type": "application/json"}
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**31, 2**63, -(2**70), 1e309, 0.5, "", "x" * 3000, "\u0000", "ddim(nan)", [], {}, [[1]], "NaN", "１２",
+)  # fmt: skip
+
+
+def mutated(pick: random.Random, i: int) -> Body:
+    """The i-th: each kind takes its turn."""
+    return KINDS[i % len(KINDS)](pick)
+
+
+def _file(pick: random.Random) -> bytes:
+    pixels = np.random.default_rng(pick.randrange(2**32)).integers(0, 256, (pick.randint(1, 12), pick.randint(1, 12), 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, pick.choice(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM"]))
+    return out.getvalue()
+
+
+def _binary(data: bytes, pick: random.Random, **parameters: Any) -> Body:
+    """A file as Triton's binary extension has it: a JSON head, then the length and the bytes."""
+    tensor = struct.pack("<I", len(data)) + data
+    inputs = [{"name": "image", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(tensor)}}]
+    head = json.dumps({"inputs": inputs, "parameters": {"steps": 1, **parameters}}).encode()
+    return (
+        pick.choice(INFER[:1]),
+        head + tensor,
+        {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"},
+    )
+
+
+def _flipped(pick: random.Random) -> Body:
+    data = bytearray(_file(pick))
+    for _ in range(pick.randint(1, 30)):
+        data[pick.randrange(len(data))] = pick.randrange(256)
+    return _binary(bytes(data), pick)
+
+
+def _truncated(pick: random.Random) -> Body:
+    data = _file(pick)
+    return _binary(data[: pick.randrange(len(data))], pick)
+
+
+def _padded(pick: random.Random) -> Body:
+    return _binary(_file(pick) + pick.randbytes(pick.choice([1, 1000, 2**20, 3 * 2**20])), pick)
+
+
+def _bomb(pick: random.Random) -> Body:
+    """A small PNG of a huge picture."""
+    side = pick.choice([20_000, 65_535, 2**31 - 1])
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = zlib.compress(b"\0" * 1_000_000)
+    kind = pick.choice([0, 2, 3, 6])
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, kind, 0, 0, 0))]
+    if pick.random() < 0.5:
+        parts.append(chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * 50_000_000)))
+    return _binary(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IDAT", rows) + chunk(b"IEND", b""), pick)
+
+
+def _lying_lengths(pick: random.Random) -> Body:
+    path, body, headers = _binary(_file(pick), pick)
+    if pick.random() < 0.5:
+        headers["Inference-Header-Content-Length"] = str(pick.choice([0, 1, -1, len(body), len(body) + 1, 2**40]))
+    else:
+        body = body[: pick.randrange(len(body))]
+    return path, body, headers
+
+
+def _values(pick: random.Random) -> Body:
+    """Wrong values of known and unknown parameters."""
+    names = ["steps", "sampler", "schedule", "consistency", "seed", "priority", "timeout_ms", "format", "base64", "previews", "probe",
+             "sr3rt", "sr3rt_cancel", "id", "sr3_priority", "triton_x", "other", ""]  # fmt: skip
+    parameters = {name: pick.choice(VALUES) for name in pick.sample(names, pick.randint(1, 3))}
+    return _binary(_file(pick), pick, **parameters)
+
+
+def _tensors(pick: random.Random) -> Body:
+    """Wrong shapes, types and names."""
+    shape = [pick.choice([0, 1, 2, 3, 4, 7, -1, 2**33]) for _ in range(pick.randint(0, 4))]
+    tensor = {
+        "name": pick.choice(["pixels", "image", "other", ""]),
+        "shape": shape,
+        "datatype": pick.choice(["UINT8", "BYTES", "FP32", "INT64", "BOOL", "NONE"]),
+        "data": pick.choice([[], [1] * 12, [[[1, 2, 3]]], ["text"], [300], [-1], [None], "text", {}]),
+    }
+    if pick.random() < 0.3:
+        del tensor[pick.choice(list(tensor))]
+    body = {"inputs": [tensor] * pick.choice([0, 1, 1, 1, 2]), "parameters": {"steps": 1}}
+    return pick.choice(INFER), json.dumps(body).encode(), JSON
+
+
+def _broken_json(pick: random.Random) -> Body:
+    text = bytearray(json.dumps({"inputs": [{"name": "pixels", "shape": [1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}]}).encode())
+    for _ in range(pick.randint(1, 4)):
+        at = pick.randrange(len(text))
+        text[at : at + pick.randint(0, 3)] = pick.randbytes(pick.randint(0, 3))
+    return pick.choice(INFER), bytes(text), JSON
+
+
+def _generate(pick: random.Random) -> Body:
+    """The generate endpoint, with text that is Base64 of something else, or not Base64."""
+    data = pick.choice([_file(pick)[:50], pick.randbytes(40), b""])
+    text = pick.choice([base64.b64encode(data).decode(), data.decode("latin-1"), "===", "A" * 5])
+    body = {"image": text, "base64": pick.choice([True, False, "true", 3]), "steps": pick.choice([1, *VALUES])}
+    return "/v2/models/sr3/generate", json.dumps(body).encode(), JSON
+
+
+KINDS = (_flipped, _truncated, _padded, _bomb, _lying_lengths, _values, _tensors, _broken_json, _generate)

@@ -1,0 +1,171 @@
+"""The server as a process: repositories, unloading, models that die, `sr3rt serve`, and bodies that nobody should send."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from asking import by_http, encoded, free_address, opened, post, status
+from mutations import mutated
+
+import sr3rt
+from sr3rt.errors import BackendError, OptionError
+from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.server import Server, write_repository
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
+CLIENT = Path(__file__).parents[2] / "examples" / "client.py"
+
+
+def stub(server_pid: int, model: str) -> int:
+    """The process of a model."""
+    children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
+    (found,) = [int(child) for child in children if f"/{model}/1/model.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    return found
+
+
+def reload(triton: Any, *models: str) -> None:
+    for action in ("unload", "load"):
+        for model in models:
+            post(f"{triton.url}/v2/repository/models/{model}/{action}", b"{}")
+    triton.server.ready(within=30)
+
+
+def test_unloading_finishes_the_requests_in_hand(mortal: Any) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(by_http, mortal, PICTURE, steps=15, seed=i) for i in range(8)]
+        time.sleep(0.3)
+        post(f"{mortal.url}/v2/repository/models/sr3/unload", b"{}")
+        for seed, one in enumerate(asked):
+            pixels, _ = one.result(60)
+            assert np.abs(pixels.astype(int) - sr3rt.upscale(PICTURE, steps=15, seed=seed)).max() <= 1
+    assert "HTTP 404" in str(mortal.server.ill(timeout=20))
+    post(f"{mortal.url}/v2/repository/models/sr3/load", b"{}")
+    assert by_http(mortal, PICTURE, steps=1)
+
+
+@pytest.mark.parametrize("model", ["sr3_stream", "sr3"])
+def test_a_model_that_is_killed_can_be_brought_back(mortal: Any, model: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        steps = 500 if model == "sr3_stream" else 1  # a request that is with sr3 itself is never answered by Triton
+        asked = [pool.submit(by_http, mortal, PICTURE, steps=steps, seed=i) for i in range(4)]
+        time.sleep(0.3)
+        os.kill(stub(mortal.server.pid, model), signal.SIGKILL)
+        for one in asked:
+            error = one.exception(30)
+            assert error is None if steps == 1 else "the model sr3_stream is gone, restart the server" in str(error)
+    assert "not healthy" in str(mortal.server.ill(timeout=20))
+    reload(mortal, "sr3_stream", "sr3")
+    pixels, _ = by_http(mortal, PICTURE, steps=2, seed=1)
+    assert np.abs(pixels.astype(int) - sr3rt.upscale(PICTURE, steps=2, seed=1)).max() <= 1
+
+
+def test_bodies_that_nobody_should_send_get_an_error_and_harm_nothing(triton: Any) -> None:
+    pick = random.Random(0)
+    for i in range(int(os.environ.get("SR3RT_MUTATIONS", "150"))):
+        path, body, headers = mutated(pick, i)
+        code, text = status(triton.url + path, body, headers)
+        assert code == 200 or re.search(r'"error":\s*".+', text), (i, code, text[:200])
+    assert triton.server.ill(timeout=20) is None
+    assert by_http(triton, PICTURE, steps=1)
+
+
+@pytest.mark.parametrize("protocol", ["stream", "grpc", "http"])
+def test_the_example_client_upscales(triton: Any, tmp_path: Path, protocol: str) -> None:
+    (tmp_path / "in.png").write_bytes(encoded(PICTURE))
+    address = triton.server.address
+    port = address.http if protocol == "http" else address.grpc
+    options = ["--protocol", protocol, "--server", f"127.0.0.1:{port}", "--steps", "4", "--seed", "5", "--previews", "1"]
+    done = subprocess.run(
+        [sys.executable, CLIENT, tmp_path / "in.png", tmp_path / "out.png", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "seed 5, 4 steps" in done.stdout
+    expected = np.asarray(sr3rt.upscale(encoded(PICTURE), steps=4, seed=5))
+    assert np.abs(opened((tmp_path / "out.png").read_bytes()).astype(int) - expected).max() <= 1
+    assert (tmp_path / "out-1.png").exists() == (protocol == "stream")
+
+
+# --- sr3rt serve
+
+
+def test_serve_starts_a_server_restarts_it_when_it_dies_and_stops_it(tmp_path: Path) -> None:
+    address = free_address()
+    ports = ["--http-port", str(address.http), "--grpc-port", str(address.grpc), "--metrics-port", str(address.metrics)]
+    log = (tmp_path / "log").open("w+")
+    serving = subprocess.Popen(
+        [sys.executable, "-c", "from sr3rt.cli import main; main()", "serve", *ports], stderr=log, stdout=log, cwd=tmp_path
+    )
+
+    def said(text: str) -> bool:
+        end = time.monotonic() + 60
+        while text not in (tmp_path / "log").read_text():
+            assert serving.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        return True
+
+    try:
+        assert said(f"http://127.0.0.1:{address.http}/v2/models/sr3/infer")
+        assert said('numpy.array([open("photo.png", "rb").read()], object)')
+        (server,) = Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text().split()
+        os.kill(stub(int(server), "sr3_stream"), signal.SIGKILL)
+        assert said("the server no longer answers and is started again")
+        assert said("the server is back")
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(60) == 0
+    with pytest.raises(OSError, match="refused"):
+        post(f"http://127.0.0.1:{address.http}/v2/models/sr3/infer", b"{}")
+    assert list(tmp_path.iterdir()) == [tmp_path / "log"]
+
+
+def test_serve_refuses_a_port_that_is_taken(triton: Any) -> None:
+    with pytest.raises(OptionError, match=r"cannot be listened on .* choose another http port"):
+        Server(Path("nowhere"), triton.server.address)
+
+
+def test_a_repository_names_what_differs_from_the_default(tmp_path: Path) -> None:
+    bundle = tmp_path / r"odd \ name"
+    folder = write_repository(tmp_path / "models", Configuration(bundle=str(bundle), max_requests=5, slots=2))
+    core, front = ((folder / name / "config.pbtxt").read_text() for name in ("sr3_stream", "sr3"))
+    assert f'key: "bundle" value: {{ string_value: {json.dumps(str(bundle))} }}' in core
+    assert 'key: "slots" value: { string_value: "2" }' in core
+    assert 'key: "threads" value: { string_value: "" }' in core
+    assert 'key: "max_requests" value: { string_value: "5" }' in front
+    with pytest.raises(OptionError, match="exists: give a folder that does not"):
+        write_repository(tmp_path / "models", Configuration())
+
+
+@pytest.mark.parametrize(
+    ("configuration", "message"),
+    [
+        (Configuration(bundle="/nowhere"), "/nowhere"),
+        (Configuration(slots=-1), "slots and pixels must be 1 or more"),
+        (Configuration(backend="tpu"), "unknown backend 'tpu'"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, configuration: Configuration, message: str) -> None:
+    repository = write_repository(tmp_path / "models", configuration)
+    with Server(repository, free_address()) as server, pytest.raises(BackendError, match=message):
+        server.ready(within=60)
+
+
+def test_a_configuration_is_checked() -> None:
+    given = {"parameters": {"slots": {"string_value": "4"}, "bundle": {"string_value": ""}}}
+    assert Configuration.read(json.dumps(given)) == Configuration(slots=4)
+    with pytest.raises(OptionError, match="unknown parameter 'slot': expected bundle"):
+        Configuration.read(json.dumps({"parameters": {"slot": {"string_value": "4"}}}))
+    with pytest.raises(OptionError, match="slots must be a whole number, found 'four'"):
+        Configuration.read(json.dumps({"parameters": {"slots": {"string_value": "four"}}}))
