@@ -36,29 +36,22 @@ _OUTCOMES = (
 
 
 class Meters:
-    """A thread that every `EVERY` seconds tells Triton the service's counts and the outcomes of requests."""
+    """A thread that every `EVERY` seconds tells Triton the outcomes of requests and, where there is a service, its counts."""
 
-    def __init__(self, service: Service, model: str) -> None:
-        self._service, labels = service, {"model": model}
-        kinds = pb.MetricFamily
-        self._families: list[Any] = []
-
-        def metric(name: str, text: str, kind: Any, labels: dict[str, str], **options: Any) -> Any:
-            family = kinds(name=name, description=text, kind=kind)
-            self._families.append(family)
-            return family.Metric(labels=labels, **options)
-
-        self._counters = {field: metric(name, text, kinds.COUNTER, labels) for name, text, field in _COUNTERS}
-        self._gauges = {field: metric(name, text, kinds.GAUGE, labels) for name, text, field in _GAUGES}
-        self._well = metric("sr3rt_alive", "1 while steps can be done, 0 when the batcher is dead", kinds.GAUGE, labels)
-        self._queue = metric("sr3rt_queue_seconds", "Waited for a slot", kinds.HISTOGRAM, labels, buckets=SECONDS)
-        self._total = metric("sr3rt_request_seconds", "From arrival to result", kinds.HISTOGRAM, labels, buckets=SECONDS)
-        family = kinds(name="sr3rt_requests_total", description="Requests by outcome", kind=kinds.COUNTER)
-        self._families.append(family)
-        names = ["ok", "failed", *dict.fromkeys(name for _, name in _OUTCOMES)]
-        self._outcomes = {name: family.Metric(labels={**labels, "outcome": name}) for name in names}
-        self._before = service.counts()
+    def __init__(self, model: str, service: Service | None = None) -> None:
+        self._families: list[Any] = []  # Triton forgets those that nobody holds
+        self._labels = {"model": model}
+        self._outcomes = self._by_outcome()
         self._ended = deque[Reply | Exception]()
+        self._service = service
+        if service is not None:
+            kinds = pb.MetricFamily
+            self._counters = {field: self._metric(name, text, kinds.COUNTER) for name, text, field in _COUNTERS}
+            self._gauges = {field: self._metric(name, text, kinds.GAUGE) for name, text, field in _GAUGES}
+            self._well = self._metric("sr3rt_alive", "1 while steps can be done, 0 when the batcher is dead", kinds.GAUGE)
+            self._queue = self._metric("sr3rt_queue_seconds", "Waited for a slot", kinds.HISTOGRAM, buckets=SECONDS)
+            self._total = self._metric("sr3rt_request_seconds", "From arrival to result", kinds.HISTOGRAM, buckets=SECONDS)
+            self._before = service.counts()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._report, name="sr3rt-meters", daemon=True)
         self._thread.start()
@@ -72,19 +65,25 @@ class Meters:
         self._closed.set()
         self._thread.join()
 
+    def _metric(self, name: str, text: str, kind: Any, **options: Any) -> Any:
+        family = pb.MetricFamily(name=name, description=text, kind=kind)
+        self._families.append(family)
+        return family.Metric(labels=self._labels, **options)
+
+    def _by_outcome(self) -> dict[str, Any]:
+        family = pb.MetricFamily(name="sr3rt_requests_total", description="Requests by outcome", kind=pb.MetricFamily.COUNTER)
+        self._families.append(family)
+        names = ["ok", "failed", *dict.fromkeys(name for _, name in _OUTCOMES)]
+        return {name: family.Metric(labels={**self._labels, "outcome": name}) for name in names}
+
     def _report(self) -> None:
         closing = False
         while not closing:
             closing = self._closed.wait(EVERY)
             while self._ended:
                 self._count(self._ended.popleft())
-            counts = self._service.counts()
-            for field, counter in self._counters.items():
-                counter.increment(getattr(counts, field) - getattr(self._before, field))
-            for field, gauge in self._gauges.items():
-                gauge.set(getattr(counts, field))
-            self._well.set(float(self._service.well))
-            self._before = counts
+            if self._service is not None:
+                self._copy(self._service)
 
     def _count(self, outcome: Reply | Exception) -> None:
         if isinstance(outcome, Reply):
@@ -94,3 +93,12 @@ class Meters:
         else:
             name = next((name for kind, name in _OUTCOMES if isinstance(outcome, kind)), "failed")
         self._outcomes[name].increment(1)
+
+    def _copy(self, service: Service) -> None:
+        counts = service.counts()
+        for field, counter in self._counters.items():
+            counter.increment(getattr(counts, field) - getattr(self._before, field))
+        for field, gauge in self._gauges.items():
+            gauge.set(getattr(counts, field))
+        self._well.set(float(service.well))
+        self._before = counts

@@ -25,7 +25,7 @@ import numpy as np
 from sr3rt.errors import BackendError, MissingExtra, OptionError
 from sr3rt.serving.configuration import Configuration
 
-REPOSITORY = Path(__file__).parent / "repository"
+REPOSITORY = Path(__file__).parent / "triton_repo"
 """The model repository that comes with sr3rt: `triton_repo/`."""
 
 PROBE = json.dumps({"inputs": [], "parameters": {"probe": True}})

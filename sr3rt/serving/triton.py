@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb
 
 from sr3rt.decoding import Limits
 from sr3rt.errors import Cancelled, DeadlineExceeded, ImageError, OptionError, Overloaded, Stopped
+from sr3rt.serving.admission import Admission, Place
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.meters import Meters
 from sr3rt.serving.query import Query
@@ -61,7 +62,7 @@ class Core:
         self._service.probe()
         self._running: dict[str, Handle] = {}
         self._watch = _Watch()
-        self._meters = Meters(self._service, args["model_name"])
+        self._meters = Meters(args["model_name"], self._service)
 
     def execute(self, requests: list[Any]) -> None:
         """Take each request on, or refuse it, at once."""
@@ -140,8 +141,9 @@ class Front:
         _check_tensors()
         config = Configuration.read(args["model_config"])
         self._core = config.core
-        self._most = config.settings.requests + 32  # the core's limit answers first
-        self._waiting = threading.BoundedSemaphore(self._most)
+        # The core's own limit, so that most of what it would refuse does not get as far.
+        self._admission = Admission(requests=config.max_requests, pixels=config.max_pixels)
+        self._meters = Meters(args["model_name"])
         self._watch = _Watch()
         self._relayed: dict[str, tuple[_Sender, Any]] = {}
         self._closed = threading.Event()
@@ -152,22 +154,27 @@ class Front:
         """Pass each request on, from a thread of its own."""
         for request in requests:
             sender = _Sender(request)
-            if not self._waiting.acquire(blocking=False):
-                sender.send(_refusal(Overloaded(f"{self._most} requests are unfinished: try again later"), request))
+            parameters = json.loads(request.parameters() or "{}")
+            try:
+                place = None if "probe" in parameters else self._admission.admit(0)
+            except Overloaded as error:
+                self._meters.observe(error)
+                sender.send(_refusal(error, request))
                 continue
             # Not of a pool: a call whose core dies never returns, and only daemon threads may be left behind.
-            threading.Thread(target=self._relay, args=(request, sender), daemon=True).start()
+            threading.Thread(target=self._relay, args=(request, sender, parameters, place), daemon=True).start()
 
     def finalize(self) -> None:
         """Unloading, when Triton has seen every answer."""
         self._closed.set()
         self._heart.join()
+        self._meters.close()
         self._watch.close()
 
-    def _relay(self, request: Any, sender: _Sender) -> None:
+    def _relay(self, request: Any, sender: _Sender, parameters: dict[str, Any], place: Place | None) -> None:
         name = secrets.token_hex(16)
         try:
-            parameters = {**json.loads(request.parameters() or "{}"), "id": name}
+            parameters["id"] = name
             if request.timeout():
                 parameters.setdefault("timeout_ms", request.timeout() / 1000)
             wanted = sorted({*request.requested_output_names(), "info"})
@@ -187,7 +194,8 @@ class Front:
             sender.send(_refusal(Stopped(f"the model {self._core} cannot be reached: {error}"), request))
         finally:
             self._relayed.pop(name, None)
-            self._waiting.release()
+            if place is not None:
+                place.release()
 
     def _listen(self) -> None:
         """Every `HEARTBEAT` ask the core for a word while requests are with it: of a process that dies, those would never end."""
