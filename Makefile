@@ -32,7 +32,8 @@ test: $(VENV) test-serve
 
 # What needs no torch, with the oldest NumPy; and everything that asks a real Triton Inference Server.
 test-serve: $(VENV_SERVE)
-	.venv-serve/bin/python -m pytest -q tests/triton $(RUNTIME_TESTS)
+	.venv-serve/bin/python -m pytest -q tests/triton
+	.venv-serve/bin/python -m pytest -q $(RUNTIME_TESTS)
 
 bench: $(VENV)
 	.venv/bin/python -m pytest -q benchmarks/ $(BENCH)

@@ -1,0 +1,330 @@
+"""What is measured. Each experiment starts its own server and returns figures, JSON-ready."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import itertools
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc
+
+import sr3rt
+from benchmarks.serving import load
+from benchmarks.serving.load import Answer, Ask
+from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.server import Address, Server, write_repository
+
+SAMPLERS = ("sr3", "posterior", "ddim", "dpm++2m")
+
+LEAK = """
+from sr3rt.serving.triton import Core
+
+class TritonPythonModel(Core):
+    kept = []
+
+    def execute(self, requests):
+        self.kept.extend(bytearray(b"x" * {size}) for _ in requests)
+        return super().execute(requests)
+"""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is up."""
+
+    url: str
+    address: Address
+    pid: int
+
+
+@contextmanager
+def serving(configuration: Configuration, *, leak: int = 0) -> Iterator[Running]:
+    """A server of the model that ships. leak: bytes that it keeps of every request that its core gets, on purpose."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = write_repository(Path(folder) / "models", configuration)
+        if leak:
+            (repository / "sr3_stream" / "1" / "model.py").write_text(LEAK.format(size=leak), encoding="utf-8")
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+        http, grpc, metrics = (one.getsockname()[1] for one in sockets)
+        for one in sockets:
+            one.close()
+        address = Address(http=http, grpc=grpc, metrics=metrics)
+        with Server(repository, address) as server:
+            server.ready(within=120)
+            yield Running(f"http://127.0.0.1:{http}", address, server.pid)
+
+
+def mixed(*, requests: int = 200) -> dict[str, Any]:
+    """Concurrent requests of mixed sizes, steps and samplers, each compared with what `upscale` gives for its seed."""
+    pick = random.Random(1)
+    asks = [
+        Ask(
+            load.pixels(pick.choice((8, 12, 16, 24)), pick.choice((8, 12, 16, 24)), seed),
+            {"steps": pick.randint(4, 50), "sampler": pick.choice(SAMPLERS), "seed": seed},
+        )
+        for seed in range(requests)
+    ]
+    with serving(Configuration(max_requests=requests)) as server:
+        start = time.perf_counter()
+        answers = asyncio.run(load.together(server.url, asks))
+        seconds = time.perf_counter() - start
+    upscaler = sr3rt.load()
+    worst = differing = 0
+    for ask, answer in zip(asks, answers, strict=True):
+        if answer.pixels is None:
+            continue
+        expected = upscaler.upscale(ask.pixels, **ask.parameters)
+        levels = np.abs(answer.pixels.astype(int) - expected)
+        worst, differing = max(worst, int(levels.max())), differing + int(np.count_nonzero(levels))
+    return {
+        "requests": requests,
+        "answered": sum(answer.status == 200 for answer in answers),
+        "worst_levels": worst,
+        "values_off": differing,
+        "seconds": seconds,
+    }
+
+
+def overload(*, seconds: float = 120, times: float = 10, side: int = 64, leak: int = 0) -> dict[str, Any]:
+    """Saturation by a closed loop; then arrivals at so many times that rate, open loop; then whether it is itself again."""
+    count, pick = itertools.count(), random.Random(2)
+
+    def make() -> Ask:
+        return Ask(load.pixels(side, side, 0), {"steps": pick.randint(4, 12), "seed": next(count)})
+
+    with serving(Configuration(max_requests=16), leak=leak) as server:
+        asyncio.run(load.closed(server.url, make, clients=4, seconds=5))
+        saturated = _rate(asyncio.run(load.closed(server.url, make, clients=8, seconds=min(60, seconds))))
+        memory: list[tuple[float, int]] = []
+        stop = threading.Event()
+        start = time.perf_counter()
+
+        def watch() -> None:
+            while not stop.wait(1):
+                memory.append((time.perf_counter() - start, load.held(server.pid)))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        answers = asyncio.run(load.poisson(server.url, make, rate=times * saturated, seconds=seconds))
+        stop.set()
+        watcher.join()
+        after = asyncio.run(load.closed(server.url, make, clients=1, seconds=10))
+    good = [answer for answer in answers if answer.status == 200]
+    refused = [answer.seconds for answer in answers if answer.status == 503]
+    end = max(answer.began + answer.seconds for answer in good)
+    growth = _growth(memory)
+    return {
+        "seconds": seconds,
+        "saturated_per_s": saturated,
+        "offered_per_s": len(answers) / seconds,
+        "goodput_share": len(good) / end / saturated,
+        "refused": len(refused),
+        "refusal_p50_ms": 1e3 * percentile(refused, 50),
+        "refusal_p99_ms": 1e3 * percentile(refused, 99),
+        "other_statuses": sum(answer.status not in (200, 503) for answer in answers),
+        "after_s": [round(answer.seconds, 3) for answer in after],
+        "after_ok": all(answer.status == 200 for answer in after),
+        "memory_growth_mib": growth / 2**20,
+        "memory_flat": growth < 16 * 2**20,
+    }
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """NaN of none."""
+    return float(np.percentile(values, percent)) if values else float("nan")
+
+
+def _rate(answers: list[Answer]) -> float:
+    good = [answer for answer in answers if answer.status == 200]
+    return len(good) / max(answer.began + answer.seconds for answer in good)
+
+
+def _growth(memory: list[tuple[float, int]]) -> float:
+    """Bytes gained over the second half, by the slope through medians of its quarters (Theil's, which spikes do not move)."""
+    half = [(at, size) for at, size in memory if at > memory[-1][0] / 2]
+    slopes = [(b - a) / (t - s) for (s, a), (t, b) in itertools.combinations(half, 2) if t > s]
+    return statistics.median(slopes) * (half[-1][0] - half[0][0])
+
+
+def batching(*, seconds: float = 60, shares: tuple[float, ...] = (0.5, 0.7, 0.85), side: int = 32) -> list[dict[str, Any]]:
+    """Step-level, whole-request and no batching under the same arrivals, of mixed steps: throughput and latency."""
+    modes = {
+        "step by step": Configuration(slots=4, max_requests=512),
+        "whole requests": Configuration(slots=4, joins="batch", max_requests=512),
+        "one at a time": Configuration(slots=1, joins="batch", max_requests=512),
+    }
+
+    def maker() -> Callable[[], Ask]:
+        pick, count = random.Random(3), itertools.count()
+        return lambda: Ask(load.pixels(side, side, 0), {"steps": pick.choice((4, 8, 16, 50)), "seed": next(count)})
+
+    rows = []
+    capacity = 0.0
+    for name, configuration in modes.items():
+        with serving(configuration) as server:
+            asyncio.run(load.closed(server.url, maker(), clients=2, seconds=3))
+            saturated = _rate(asyncio.run(load.closed(server.url, maker(), clients=8, seconds=seconds)))
+            capacity = capacity or saturated  # the first mode's, so that all get the same arrivals
+            for share in shares:
+                answers = asyncio.run(load.poisson(server.url, maker(), rate=share * capacity, seconds=seconds, seed=int(100 * share)))
+                taken = [answer.seconds for answer in answers if answer.status == 200]
+                row = {"mode": name, "saturated_per_s": saturated, "offered_per_s": share * capacity, "requests": len(answers)}
+                rows.append({**row, "p50_s": percentile(taken, 50), "p90_s": percentile(taken, 90), "p99_s": percentile(taken, 99)})
+    return rows
+
+
+def overhead(*, pairs: int = 20, side: int = 64) -> dict[str, Any]:
+    """One client: the server's median over that of `upscale` in this process, in turns, after one of each."""
+    ask = Ask(load.pixels(side, side, 0), {"seed": 1})
+    upscaler = sr3rt.load()
+    server_s, local_s = list[float](), list[float]()
+
+    async def turns(url: str) -> None:
+        async with load.Client(url) as client:
+            for turn in range(pairs + 1):
+                answer = await client.ask(ask)
+                start = time.perf_counter()
+                upscaler.upscale(ask.pixels, seed=1)
+                local = time.perf_counter() - start
+                if turn:
+                    server_s.append(answer.seconds)
+                    local_s.append(local)
+
+    with serving(Configuration()) as server:
+        asyncio.run(turns(server.url))
+    ratio = percentile(server_s, 50) / percentile(local_s, 50)
+    return {"pairs": pairs, "server_p50_s": percentile(server_s, 50), "in_process_p50_s": percentile(local_s, 50), "ratio": ratio}
+
+
+def cancels(*, number: int = 1000) -> dict[str, Any]:
+    """Requests that are cancelled at random moments, beside others that are not and whose results must be their own."""
+    pick, upscaler = random.Random(4), sr3rt.load()
+    picture = load.pixels(12, 16, 0)
+    expected = {seed: upscaler.upscale(picture, steps=30, seed=seed) for seed in range(8)}
+    outcomes: dict[str, int] = {}
+    lock = threading.Lock()
+
+    def tensor() -> Any:
+        one = tritonclient.grpc.InferInput("pixels", list(picture.shape), "UINT8")
+        one.set_data_from_numpy(picture)
+        return one
+
+    with serving(Configuration(max_requests=64)) as server:
+        url = f"127.0.0.1:{server.address.grpc}"
+        done, worst = threading.Event(), list[int]()
+
+        def neighbour(worker: int) -> None:
+            with tritonclient.grpc.InferenceServerClient(url) as client:
+                for seed in itertools.cycle(range(worker, 8, 2)):
+                    if done.is_set():
+                        return
+                    found = client.infer("sr3", [tensor()], parameters={"steps": 30, "seed": seed}).as_numpy("pixels")
+                    worst.append(int(np.abs(found.astype(int) - expected[seed]).max()))
+
+        def canceller(count: int, seed: int) -> None:
+            own = random.Random(seed)
+            with tritonclient.grpc.InferenceServerClient(url) as client:
+                for _ in range(count):
+                    outcome = _cancelled(client, tensor(), steps=own.randint(10, 60), after=own.random() * 0.5)
+                    with lock:
+                        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+
+        canceller(20, 0)
+        outcomes.clear()
+        before = _settled(server)
+        neighbours = [threading.Thread(target=neighbour, args=(i,)) for i in range(2)]
+        cancellers = [threading.Thread(target=canceller, args=(number // 10, pick.randrange(2**32))) for _ in range(10)]
+        for thread in neighbours + cancellers:
+            thread.start()
+        for thread in cancellers:
+            thread.join()
+        done.set()
+        for thread in neighbours:
+            thread.join()
+        after = _settled(server)
+    return {
+        "asked_to_cancel": number,
+        "outcomes": outcomes,
+        "neighbours": len(worst),
+        "worst_levels": max(worst),
+        "queued_and_running_after": after["sr3rt_queued"] + after["sr3rt_running"],
+        "cancelled_by_server": after["cancelled"] - before["cancelled"],
+        "memory_growth_mib": (after["held"] - before["held"]) / 2**20,
+    }
+
+
+def _cancelled(client: Any, tensor: Any, *, steps: int, after: float) -> str:
+    """Ask, cancel after so many seconds; how the call ended."""
+    ended, outcome = threading.Event(), list[str]()
+
+    def told(result: Any = None, error: Any = None) -> None:
+        outcome.append("finished" if error is None else str(error.status()))
+        ended.set()
+
+    call = client.async_infer("sr3", [tensor], told, parameters={"steps": steps})
+    time.sleep(after)
+    call.cancel()
+    return outcome[0] if ended.wait(60) else "no answer"
+
+
+def sweep(*, clients: str = "1:8") -> list[dict[str, Any]]:
+    """Triton's own perf_analyzer, which tritonclient brings."""
+    libraries = next(path for path in Path(tritonclient.grpc.__file__).parents[2].glob("nvidia_pytriton.libs"))
+    with tempfile.TemporaryDirectory() as name, serving(Configuration(max_requests=64)) as server:
+        folder = Path(name)
+        for pattern, link in (("libb64-*", "libb64.so.0d"), ("libcudart-*", "libcudart.so.12")):
+            (folder / link).symlink_to(next(libraries.glob(pattern)))
+        picture = load.pixels(16, 16, 0)
+        data = {"data": [{"pixels": {"content": picture.ravel().tolist(), "shape": list(picture.shape)}}]}
+        (folder / "data.json").write_text(json.dumps(data), encoding="utf-8")
+        command = [
+            str(Path(sys.executable).with_name("perf_analyzer")),
+            *("-m", "sr3", "-i", "grpc", "-u", f"127.0.0.1:{server.address.grpc}", "--concurrency-range", clients),
+            *("--measurement-mode", "count_windows", "--measurement-request-count", "50"),
+            *("--input-data", str(folder / "data.json"), "--request-parameter", "steps:4:int", "-f", str(folder / "out.csv")),
+        ]
+        subprocess.run(command, check=True, env={**os.environ, "LD_LIBRARY_PATH": name})
+        rows = list(csv.DictReader((folder / "out.csv").open(encoding="utf-8")))
+    return [
+        {
+            "clients": int(row["Concurrency"]),
+            "per_s": float(row["Inferences/Second"]),
+            **{f"p{percent}_ms": float(row[f"p{percent} latency"]) / 1000 for percent in (50, 90, 99)},
+        }
+        for row in sorted(rows, key=lambda row: int(row["Concurrency"]))
+    ]
+
+
+def _settled(server: Running) -> dict[str, float]:
+    """The server's gauges and memory once it is idle."""
+    url = f"http://127.0.0.1:{server.address.metrics}/metrics"
+    end = time.monotonic() + 60
+    while True:
+        time.sleep(1.5)
+        with urllib.request.urlopen(url) as reply:
+            lines = [line.decode() for line in reply]
+        found = {name: _sum(lines, name) for name in ("sr3rt_queued", "sr3rt_running")}
+        found["cancelled"] = _sum(lines, 'sr3rt_requests_total{model="sr3_stream",outcome="cancelled"')
+        if not found["sr3rt_queued"] + found["sr3rt_running"] or time.monotonic() > end:
+            return {**found, "held": float(load.held(server.pid))}
+
+
+def _sum(lines: list[str], name: str) -> float:
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))

@@ -1,0 +1,131 @@
+"""Requests to a running server over HTTP: in a closed loop, or open, as a Poisson process that does not wait for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """status: HTTP's, 0 where the connection failed. began: seconds since the load's start. pixels: of a result."""
+
+    status: int
+    began: float
+    seconds: float
+    pixels: Pixels | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One picture and its parameters."""
+
+    pixels: Pixels
+    parameters: dict[str, Any]
+
+    def request(self) -> tuple[bytes, dict[str, str]]:
+        """Body and headers: JSON, then the bytes (Triton's binary tensor extension)."""
+        data = self.pixels.tobytes()
+        tensor = {"name": "pixels", "shape": self.pixels.shape, "datatype": "UINT8", "parameters": {"binary_data_size": len(data)}}
+        head = json.dumps({"inputs": [tensor], "parameters": {**self.parameters, "binary_data_output": True}}).encode()
+        return head + data, {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+
+
+class Client:
+    """Asks one server. `async with Client(url) as client`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = f"{url}/v2/models/sr3/infer"
+
+    async def __aenter__(self) -> Client:
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def ask(self, ask: Ask, *, since: float = 0.0, keep: bool = False) -> Answer:
+        """Send and wait. keep: with the result's pixels."""
+        body, headers = ask.request()
+        start = time.perf_counter()
+        try:
+            async with self._session.post(self._url, data=body, headers=headers) as reply:
+                data, status = await reply.read(), reply.status
+                seconds = time.perf_counter() - start
+                pixels = _pixels(data, int(reply.headers["Inference-Header-Content-Length"])) if keep and status == 200 else None
+                return Answer(status, start - since, seconds, pixels, "" if status == 200 else data.decode(errors="replace"))
+        except aiohttp.ClientError as error:
+            return Answer(0, start - since, time.perf_counter() - start, None, repr(error))
+
+
+def _pixels(data: bytes, head: int) -> Pixels:
+    offset = head
+    for output in json.loads(data[:head])["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        if output["name"] == "pixels":
+            return np.frombuffer(data[offset : offset + size], np.uint8).reshape(output["shape"])
+        offset += size
+    raise ValueError(f"no pixels in {data[:head]!r}")
+
+
+async def together(url: str, asks: list[Ask]) -> list[Answer]:
+    """All at once; the answers in order."""
+    async with Client(url) as client:
+        return await asyncio.gather(*(client.ask(ask, keep=True) for ask in asks))
+
+
+async def closed(url: str, make: Callable[[], Ask], *, clients: int, seconds: float) -> list[Answer]:
+    """So many clients, each asking again as soon as it is answered; those that began within `seconds`."""
+    start, answers = time.perf_counter(), list[Answer]()
+
+    async def one(client: Client) -> None:
+        while time.perf_counter() - start < seconds:
+            answers.append(await client.ask(make(), since=start))
+
+    async with Client(url) as client:
+        await asyncio.gather(*(one(client) for _ in range(clients)))
+    return answers
+
+
+async def poisson(url: str, make: Callable[[], Ask], *, rate: float, seconds: float, seed: int = 0) -> list[Answer]:
+    """`rate` requests a second arrive whether or not others were answered."""
+    pick, start, at, tasks = random.Random(seed), time.perf_counter(), 0.0, list[asyncio.Task[Answer]]()
+    async with Client(url) as client:
+        while (at := at + pick.expovariate(rate)) < seconds:
+            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+            tasks.append(asyncio.create_task(client.ask(make(), since=start)))
+        return list(await asyncio.gather(*tasks))
+
+
+def pixels(height: int, width: int, seed: int) -> Pixels:
+    """A picture to ask about."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def held(server_pid: int) -> int:
+    """Bytes of memory that the server and its models hold, shared pages once."""
+    total = 0
+    for pid in [server_pid, *_children(server_pid)]:
+        try:
+            with open(f"/proc/{pid}/smaps_rollup") as file:
+                total += sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+        except OSError:
+            continue  # it ended meanwhile
+    return total
+
+
+def _children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]

@@ -1,0 +1,65 @@
+"""The figures of docs/serving.md, from the report's JSON."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+REPORT, DOCUMENT = ROOT / "benchmarks" / "reports" / "serving.json", ROOT / "docs" / "serving.md"
+MARK = re.compile(r"(<!-- figures: .*? -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+
+
+def in_document(text: str, figures: str) -> str:
+    """`text` with the figures between its marks. Raises ValueError when there are none."""
+    if not MARK.search(text):
+        raise ValueError(f"{DOCUMENT} has no marks for the figures")
+    return MARK.sub(lambda match: f"{match[1]}{figures}\n{match[2]}", text)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Lines of what was found, and a table of batching and of the sweep."""
+    return "\n".join([*_facts(report), "", *_batching(report["batching"]), "", *_sweep(report["sweep"])])
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    mixed, over, alone, cancels = (report[name] for name in ("mixed", "overload", "overhead", "cancels"))
+    leak, where = over["leaking"], report["environment"]
+    return [
+        f"On {where['cores']} cores of an {where['cpu']}, with the model that ships, {where['date'][:10]}:",
+        "",
+        f"- {mixed['requests']} concurrent requests of mixed sizes, steps (4 to 50) and samplers: {mixed['answered']} answered, each "
+        f"within {mixed['worst_levels']} of 255 levels of what `upscale` gives for its seed.",
+        f"- Ten times too much for {over['seconds']:.0f} s ({over['offered_per_s']:.1f} requests a second, 64×64 → 256×256, where "
+        f"{over['saturated_per_s']:.2f} can be done): {100 * over['goodput_share']:.0f} % as many pictures as without the excess; "
+        f"{over['refused']} requests refused, in {over['refusal_p50_ms']:.1f} ms (p50) and {over['refusal_p99_ms']:.1f} ms (p99). The next "
+        f"client is answered in {over['after_s'][0]:.1f} s. Memory: {over['memory_growth_mib']:+.1f} MiB over the last minute; "
+        f"{leak['memory_growth_mib']:+.0f} MiB over half a minute by the same check with a leak planted, 1 MiB a request.",
+        f"- One client, 64×64 → 256×256: {1e3 * alone['server_p50_s']:.0f} ms through the server, {alone['ratio']:.2f}× of `upscale` "
+        f"in the process (medians of {alone['pairs']} pairs, in turns).",
+        f"- {cancels['asked_to_cancel']} requests cancelled at random moments: {cancels['cancelled_by_server']:.0f} left unfinished, "
+        f"{cancels['neighbours']} neighbours' results within {cancels['worst_levels']} levels of their own, "
+        f"{cancels['queued_and_running_after']:.0f} left running, memory {cancels['memory_growth_mib']:+.0f} MiB.",
+    ]
+
+
+def _batching(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "32×32 → 128×128, steps drawn from 4, 8, 16 and 50, the same Poisson arrivals for each way of batching:",
+        "",
+        "| batching | saturated, pictures/s | offered, pictures/s | p50 | p90 | p99 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = " | ".join(f"{row[name]:.2f} s" for name in ("p50_s", "p90_s", "p99_s"))
+        lines.append(f"| {row['mode']} | {row['saturated_per_s']:.2f} | {row['offered_per_s']:.2f} | {times} |")
+    return lines
+
+
+def _sweep(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["`perf_analyzer` (gRPC), 16×16 → 64×64, 4 steps:", "", "| clients | pictures/s | p50 | p90 | p99 |", "|---|---|---|---|---|"]
+    for row in rows:
+        times = " | ".join(f"{row[name]:.0f} ms" for name in ("p50_ms", "p90_ms", "p99_ms"))
+        lines.append(f"| {row['clients']} | {row['per_s']:.1f} | {times} |")
+    return lines
