@@ -28,11 +28,11 @@ demo: $(VENV_DEMO)
 	@echo 'Results, in $(CURDIR)/demo:' && ls -1 demo
 
 test: $(VENV) test-serve
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 # What needs no torch, with the oldest NumPy; and everything that asks a real Triton Inference Server.
 test-serve: $(VENV_SERVE)
-	.venv-serve/bin/python -m pytest -q tests/triton
+	.venv-serve/bin/python -m pytest -q tests/server
 	.venv-serve/bin/python -m pytest -q $(RUNTIME_TESTS)
 
 bench: $(VENV)

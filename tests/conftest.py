@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-collect_ignore = [] if find_spec("tritonclient") else ["triton"]  # `make test` runs those in an environment of their own
+collect_ignore = [] if find_spec("tritonclient") else ["server"]  # `make test` runs those in an environment of their own
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin beside onnxruntime's
 
 DATA = Path(__file__).parent / "data"

@@ -250,10 +250,12 @@ def test_a_call_that_fails_ends_its_requests_once_and_the_others_go_on(gate: Gat
 
 def test_a_backend_that_only_fails_is_given_up_and_everyone_is_told(gate: Gate, batcher: Batcher) -> None:
     gate.fail = lambda x: RuntimeError("the device is gone")
-    tickets = [batcher.submit(job(i)) for i in range(3 * FAILURES + 2)]
+    tickets = [batcher.submit(job())]
+    gate.reached.acquire()
+    tickets += [batcher.submit(job(i)) for i in range(3 * (FAILURES - 1) + 2)]
     gate.open()
     errors = [ticket.future.exception(20) for ticket in tickets]
-    assert [type(error) for error in errors] == [RuntimeError] * 3 * FAILURES + [Stopped] * 2
+    assert [type(error) for error in errors] == [RuntimeError] * (1 + 3 * (FAILURES - 1)) + [Stopped] * 2
     assert "3 network calls failed one after another, restart the server; the last: the device is gone" in str(errors[-1])
     assert batcher.dead
     with pytest.raises(Stopped, match="the device is gone"):

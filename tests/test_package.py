@@ -53,7 +53,9 @@ def test_wheel_holds_every_python_file_once(names: list[str]) -> None:
     assert [name for name, count in Counter(names).items() if count > 1] == []
     runtime = {name for name in in_repository("sr3rt", "*.py") if not name.startswith("sr3rt/export/")}
     exporter = {f"sr3rt/{name}" for name in in_repository("export", "*.py")}
-    assert {name for name in names if name.endswith(".py")} == runtime | exporter
+    models = {f"sr3rt/serving/{name}" for name in in_repository("triton_repo", "*.py")}
+    assert {name for name in names if name.endswith(".py")} == runtime | exporter | models
+    assert {f"sr3rt/serving/triton_repo/{name}/config.pbtxt" for name in ("sr3", "sr3_stream")} <= set(names)
 
 
 def test_wheel_holds_the_shipped_model_whole(names: list[str]) -> None:
