@@ -8,10 +8,19 @@
 
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVRTC has no standard library
+namespace std {
+using int32_t = int;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+using size_t = decltype(sizeof 0);
+}  // namespace std
+#else
 #include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#endif
 
 #if defined(__CUDACC__)
 #define SR3_FN __host__ __device__ __forceinline__
@@ -172,6 +181,7 @@ SR3_FN float carried(const Row& row, float y, float x0) { return add_product(mul
 // OR-ed over many values, the top bit tells whether any of them was NaN or infinite.
 SR3_FN std::uint32_t not_finite(float x) { return (bits(x) & 0x7FFFFFFFu) + 0x00800000u; }
 
+#if !defined(__CUDACC_RTC__)
 // ------------------------------------------------------------------------------------------------- loops on the host (step.cpp)
 
 // N pictures, C channels, H rows, W columns: C-contiguous float32.
@@ -199,5 +209,7 @@ bool advance(float* y, const float* x0_new, float* x0, const Row* rows, const Sh
 // predict, then advance, in one pass over memory.
 bool step(float* y, const float* net, float* x0, const Row* rows, const Shape& shape, const Noise& noise, bool clip,
           unsigned threads);
+
+#endif
 
 }  // namespace sr3

@@ -1,0 +1,143 @@
+"""The CUDA kernels without a GPU: they compile; run on the host, thread after thread, they give the native step's bits."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sr3rt import _native
+from sr3rt.backends import kernels
+from sr3rt.errors import BackendError, MissingExtra
+from sr3rt.noise import START, normals
+from sr3rt.samplers import LEVEL, Sampler, Table, table
+from sr3rt.schedule import named, respace
+
+SLOT = np.dtype([("seed", np.uint64), ("first", np.uint32), ("rows", np.uint32), ("row", np.uint32), ("broken", np.uint32)])
+NAMES = ("sr3_levels", "sr3_start", "sr3_step", "sr3_next")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """`host(kernel, *arguments)`: arrays as pointers, numbers as unsigned."""
+    library = tmp_path_factory.mktemp("host") / "step.so"
+    source = Path(__file__).parent / "data" / "step_on_host.cpp"
+    compiler = shutil.which("c++") or "g++"
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", f"-I{kernels.NATIVE}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+
+    def call(name: str, *arguments: Any) -> None:
+        as_c = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_uint(a) for a in arguments]
+        getattr(loaded, name)(*as_c)
+
+    return call
+
+
+def run(sampler: str, steps: int) -> Table:
+    return table(Sampler.parse(sampler), respace(named("linear", 2000, 1e-6, 1e-2), steps), prediction="eps", level="sqrt_gamma")
+
+
+def network(x: NDArray[np.float32], y: NDArray[np.float32], level: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.tanh(np.float32(0.7) * y - np.float32(0.4) * x + level[:, None, None, None])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 6])
+def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(host: Callable[..., None], channels: int) -> None:
+    runs = [run("sr3", 5), run("dpm++2m", 9), run("ddim(0.5)", 3), run("posterior", 1)]
+    tables = np.concatenate(runs)
+    firsts = np.cumsum([0, *[len(one) for one in runs[:-1]]])
+    slots = np.zeros(5, SLOT)  # the last is idle
+    for slot, one, first, seed in zip(slots, runs, firsts, (3, 2**63 + 1, 5, 7), strict=False):
+        slot["seed"], slot["first"], slot["rows"] = seed, first, len(one)
+    shape = (5, channels, 9, 13)
+    x, y, x0 = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for i in range(4):
+        host("start", y, slots, i, *shape[1:])
+        assert (y[i] == normals(shape[1:], seed=int(slots[i]["seed"]), step=START)).all()
+    y[4] = 0.25
+    expected_y, expected_x0, level = y.copy(), x0.copy(), np.zeros(5, np.float32)
+    for k in range(9):
+        host("levels", level, tables, slots, 5)
+        busy = [i for i in range(4) if k < len(runs[i])]
+        assert level.tolist() == [runs[i][k][LEVEL] if i in busy else 1.0 for i in range(5)]
+        net = network(x, y, level)
+        for i in busy:
+            one, steps = slice(i, i + 1), np.array([k], np.uint32)
+            assert _native.step(
+                expected_y[one], net[one], expected_x0[one], runs[i][k : k + 1], slots["seed"][one].copy(), steps, clip=True, threads=1
+            )
+        host("step", y, net, x0, tables, slots, 5, *shape[1:])
+        host("next", slots, 5)
+        assert (y == expected_y).all()
+        assert (x0 == expected_x0).all()
+    assert slots["row"].tolist() == [5, 9, 3, 1, 0]
+    assert not slots["broken"].any()
+
+
+def test_the_step_in_which_a_slot_broke_is_kept(host: Callable[..., None]) -> None:
+    rows, slots, shape = run("ddim", 4), np.zeros(2, SLOT), (2, 3, 4, 4)
+    slots["rows"] = 4
+    y, x0, net = (np.zeros(shape, np.float32) for _ in range(3))
+    for k in range(4):
+        net[:] = 0
+        if k in (1, 2):
+            net[1, 2, 3, 3] = np.inf
+        host("step", y, net, x0, rows, slots, 2, *shape[1:])
+        host("next", slots, 2)
+    assert slots["broken"].tolist() == [0, 2]
+
+
+@pytest.mark.skipif(not find_spec("cuda"), reason="cuda-bindings are not installed")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_nvrtc_compiles_the_kernels(capability: tuple[int, int]) -> None:
+    cubin = kernels.compiled(capability)
+    assert all(name.encode() in cubin for name in NAMES)
+
+
+@pytest.mark.skipif(not find_spec("cuda"), reason="cuda-bindings are not installed")
+def test_what_was_compiled_is_kept_and_an_error_is_the_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BUILT", tmp_path / "none")
+    monkeypatch.setenv("SR3RT_CACHE", str(tmp_path / "cache"))
+    cubin = kernels.load((9, 0))
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.read_bytes() == cubin
+    kept.write_bytes(b"kept")
+    assert kernels.load((9, 0)) == b"kept"
+    native = tmp_path / "native"
+    shutil.copytree(kernels.NATIVE, native, ignore=shutil.ignore_patterns("*.fatbin"))
+    (native / "step.cu").write_text((native / "step.cu").read_text().replace("channels;", "chanels;", 1))
+    monkeypatch.setattr(kernels, "NATIVE", native)
+    with pytest.raises(BackendError, match=r'(?s)cannot compile step.cu for compute capability \(9, 0\).*"chanels" is undefined'):
+        kernels.load((9, 0))
+    with pytest.raises(BackendError, match=r"compute capability \(1, 0\)"):
+        kernels.compiled((1, 0))
+
+
+def test_a_fat_binary_that_was_built_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BUILT", tmp_path / "step.fatbin")
+    (tmp_path / "step.fatbin").write_bytes(b"built")
+    assert kernels.load((9, 0)) == b"built"
+
+
+def test_without_the_bindings_the_message_is_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r'the CUDA kernels needs the package .*: run  pip install "sr3rt\[gpu\]"'):
+        kernels.compiled((9, 0))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc here")
+def test_nvcc_compiles_the_kernels_for_the_gpus_that_are_built_for(tmp_path: Path) -> None:
+    built = tmp_path / "step.fatbin"
+    architectures = [f"-gencode=arch=compute_{v},code=sm_{v}" for v in (80, 90)] + ["-gencode=arch=compute_90,code=compute_90"]
+    command = ["nvcc", "-fatbin", "-O3", *kernels.OPTIONS, "-Werror=all-warnings", *architectures, str(kernels.NATIVE / "step.cu")]
+    subprocess.run([*command, "-o", str(built)], check=True)
+    assert all(name.encode() in built.read_bytes() for name in NAMES)
