@@ -23,8 +23,8 @@ from sr3rt.environment import describe
 
 
 def overload() -> dict[str, Any]:
-    """With its negative control: half of the time, with a leak of a megabyte a request."""
-    return {**experiments.overload(), "leaking": experiments.overload(seconds=60, leak=2**20)}
+    """With its negative control: half of the time, with a leak of half a megabyte a request."""
+    return {**experiments.overload(), "leaking": experiments.overload(seconds=60, leak=2**19)}
 
 
 EXPERIMENTS: dict[str, Callable[[], Any]] = {
