@@ -8,9 +8,9 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,39 +35,53 @@ class Ask:
     pixels: Pixels
     parameters: dict[str, Any]
 
-    def request(self) -> tuple[bytes, dict[str, str]]:
-        """Body and headers: JSON, then the bytes (Triton's binary tensor extension)."""
+    @cached_property
+    def request(self) -> bytes:
+        """The whole HTTP request: JSON, then the bytes (Triton's binary tensor extension)."""
         data = self.pixels.tobytes()
         tensor = {"name": "pixels", "shape": self.pixels.shape, "datatype": "UINT8", "parameters": {"binary_data_size": len(data)}}
         head = json.dumps({"inputs": [tensor], "parameters": {**self.parameters, "binary_data_output": True}}).encode()
-        return head + data, {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+        lengths = f"Content-Length: {len(head) + len(data)}\r\nInference-Header-Content-Length: {len(head)}"
+        return f"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: triton\r\n{lengths}\r\n\r\n".encode() + head + data
 
 
 class Client:
-    """Asks one server. `async with Client(url) as client`."""
+    """Asks one server, over as many kept connections as there are requests at a time. HTTP by hand: the load must not be a load."""
 
     def __init__(self, url: str) -> None:
-        self._url = f"{url}/v2/models/sr3/infer"
+        host, port = url.removeprefix("http://").split(":")
+        self._host, self._port = host, int(port)
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def __aenter__(self) -> Client:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        for _reader, writer in self._idle:
+            writer.close()
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._idle:
+            return self._idle.pop()
+        return await asyncio.open_connection(self._host, self._port, limit=2**24)
 
     async def ask(self, ask: Ask, *, since: float = 0.0, keep: bool = False) -> Answer:
         """Send and wait. keep: with the result's pixels."""
-        body, headers = ask.request()
         start = time.perf_counter()
         try:
-            async with self._session.post(self._url, data=body, headers=headers) as reply:
-                data, status = await reply.read(), reply.status
-                seconds = time.perf_counter() - start
-                pixels = _pixels(data, int(reply.headers["Inference-Header-Content-Length"])) if keep and status == 200 else None
-                return Answer(status, start - since, seconds, pixels, "" if status == 200 else data.decode(errors="replace"))
-        except aiohttp.ClientError as error:
+            reader, writer = await self._connection()
+            writer.write(ask.request)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            fields = dict(line.lower().split(": ", 1) for line in head.splitlines()[1:] if line)
+            data = await reader.readexactly(int(fields["content-length"]))
+        except (OSError, asyncio.IncompleteReadError) as error:
             return Answer(0, start - since, time.perf_counter() - start, None, repr(error))
+        seconds = time.perf_counter() - start
+        self._idle.append((reader, writer))
+        status = int(head.split(" ", 2)[1])
+        if status != 200:
+            return Answer(status, start - since, seconds, None, data.decode(errors="replace"))
+        return Answer(status, start - since, seconds, _pixels(data, int(fields["inference-header-content-length"])) if keep else None)
 
 
 def _pixels(data: bytes, head: int) -> Pixels:

@@ -24,6 +24,7 @@ import numpy as np
 
 from sr3rt.errors import BackendError, MissingExtra, OptionError
 from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.link import folder_of
 
 REPOSITORY = Path(__file__).parent / "triton_repo"
 """The model repository that comes with sr3rt: `triton_repo/`."""
@@ -154,7 +155,8 @@ class Server:
         for left in SHARED_MEMORY.glob(f"{self._folder.name}*"):  # and so does what they shared
             left.unlink(missing_ok=True)
         self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in (self._folder, folder_of(self._process.pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def probe(address: Address, *, timeout: float) -> str | None:

@@ -63,7 +63,7 @@ class Handle:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._cancelled = self._done = False
+        self._cancelled = False
         self._ticket: Ticket | None = None
 
     def cancel(self) -> None:
@@ -73,15 +73,6 @@ class Handle:
             ticket = self._ticket
         if ticket is not None:
             ticket.cancel()
-
-    @property
-    def done(self) -> bool:
-        """Whether the last reply was told."""
-        return self._done
-
-    def end(self) -> None:
-        """The last reply is about to be told."""
-        self._done = True
 
     @property
     def cancelled(self) -> bool:
@@ -269,7 +260,6 @@ class _Request:
         self._place.release()
         with self._telling:
             self._ended = True
-            self.handle.end()
             self._on_reply(reply)
 
 

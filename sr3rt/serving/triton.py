@@ -1,14 +1,13 @@
 """Triton's two models (python backend): `Core` owns the weights and the batcher and tells progress; `Front` answers once.
 
 A decoupled model, which may answer many times, refuses plain HTTP and unary gRPC calls; so `Front`, which is not decoupled, passes
-such a call on to `Core` inside the server. All requests so share one batch. Both answer from their own threads, after `execute` has
+such a call on to `Core`'s process (link.py). All requests so share one batch. Both answer from their own threads, after `execute` has
 returned. Importable only in Triton's python stub, which brings `triton_python_backend_utils`.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ import triton_python_backend_utils as pb
 
 from sr3rt.decoding import Limits
 from sr3rt.errors import Cancelled, DeadlineExceeded, ImageError, OptionError, Overloaded, Stopped
+from sr3rt.serving import link
 from sr3rt.serving.admission import Admission, Place
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.meters import Meters
@@ -25,10 +25,7 @@ from sr3rt.serving.query import Query
 from sr3rt.serving.service import Encoded, Handle, Reply, Service
 from sr3rt.upscaler import load
 
-HEARTBEAT = 1.0  # seconds between questions whether the core lives
-WATCH = 0.05  # seconds between looks at which requests were cancelled
-RELAYED = "sr3rt"  # parameter in which Front passes on everything: a call inside the server takes no floats and no timeout
-CANCEL = "sr3rt_cancel"
+WATCH = 0.1  # seconds between looks at which requests were cancelled
 RESERVED = "triton_"  # how parameters begin that Triton's own clients add
 
 _CODES = (  # by name: the module is whole only when a model is initialised
@@ -60,9 +57,9 @@ class Core:
         self._drain = config.drain_s
         self._service = Service(upscaler, config.settings)
         self._service.probe()
-        self._running: dict[str, Handle] = {}
         self._watch = _Watch()
         self._meters = Meters(args["model_name"], self._service)
+        self._link = link.Server(link.address(args["model_name"]), self._relayed)
 
     def execute(self, requests: list[Any]) -> None:
         """Take each request on, or refuse it, at once."""
@@ -71,66 +68,67 @@ class Core:
             try:
                 self._begin(request, sender)
             except Exception as error:
-                sender.send(_refusal(error, request))
+                sender.send(_refusal(error))
 
     def finalize(self) -> None:
         """Unloading: finish what is in hand."""
+        self._link.close()
         self._service.close(drain=self._drain)
         self._meters.close()
         self._watch.close()
 
     def _begin(self, request: Any, sender: _Sender) -> None:
         parameters = json.loads(request.parameters() or "{}")
-        relayed = RELAYED in parameters
-        if relayed:
-            parameters = json.loads(parameters[RELAYED])
-        if CANCEL in parameters:
-            if handle := self._running.get(parameters[CANCEL]):
-                handle.cancel()
-            sender.send(_response({}, None, request))
-            return
+        outputs = request.requested_output_names()
         if "probe" in parameters:
-            threading.Thread(target=self._probe, args=(request, sender), daemon=True).start()
+            threading.Thread(target=self._probe, args=(sender, outputs), daemon=True).start()
             return
-        name = parameters.pop("id", "") if relayed else ""
-        parameters = {key: value for key, value in parameters.items() if not key.startswith(RESERVED)}
-        if "sr3_priority" in parameters:  # what is called priority is kept by Triton for itself
-            parameters["priority"] = parameters.pop("sr3_priority")
-        if request.timeout():
-            parameters.setdefault("timeout_ms", request.timeout() / 1000)
-        asked = {"image", "pixels"} & set(request.requested_output_names())
-        if len(asked) == 1:
-            parameters.setdefault("format", "pixels" if "pixels" in asked else "png")
-        name = name or secrets.token_hex(16)
 
         def reply(outcome: Reply | Exception) -> None:
-            last = isinstance(outcome, Exception) or outcome.final
-            if last:
-                self._watch.discard(name)
-                self._running.pop(name, None)
-                self._meters.observe(outcome)
             if isinstance(outcome, Exception):
-                sender.send(_refusal(outcome, request))
+                sender.send(_refusal(outcome))
             else:
-                sender.send(_response(outcome.info, outcome.image, request), last=last)
+                sender.send(_response(outcome.info, outcome.image, outputs), last=outcome.final)
+
+        handle = self._submit(_image(request), _query(parameters, outputs, request.timeout()), reply, progress=True)
+        self._watch.add(sender, handle.cancel)
+
+    def _relayed(self, message: dict[str, Any], data: bytes, send: link.Send) -> Handle | None:
+        """A request of Front's."""
+
+        def reply(outcome: Reply | Exception) -> None:
+            if isinstance(outcome, Exception):
+                send(dict(zip(("error", "code"), _described(outcome), strict=True)), b"")
+            else:
+                send({"info": outcome.info, **_packed(outcome.image)}, _bytes(outcome.image))
 
         try:
-            handle = self._service.submit(_image(request), Query.parse(parameters), reply, progress=not relayed)
+            if "probe" in message["parameters"]:
+                reply(Reply(self._service.probe(), None, final=True))
+                return None
+            query = _query(message["parameters"], message["outputs"], message["timeout"])
+            return self._submit(_unpacked(message, data), query, reply, progress=False)
+        except Exception as error:
+            reply(error)
+            return None
+
+    def _submit(self, image: Encoded, query: Query, reply: Callable[[Reply | Exception], None], *, progress: bool) -> Handle:
+        def counted(outcome: Reply | Exception) -> None:
+            if isinstance(outcome, Exception) or outcome.final:
+                self._meters.observe(outcome)
+            reply(outcome)
+
+        try:
+            return self._service.submit(image, query, counted, progress=progress)
         except Exception as error:
             self._meters.observe(error)
             raise
-        self._running[name] = handle
-        if not relayed:  # Front watches those, and says so
-            self._watch.add(name, sender, handle.cancel)
-        if handle.done:
-            self._watch.discard(name)
-            self._running.pop(name, None)
 
-    def _probe(self, request: Any, sender: _Sender) -> None:
+    def _probe(self, sender: _Sender, outputs: list[str]) -> None:
         try:
-            sender.send(_response(self._service.probe(), None, request))
+            sender.send(_response(self._service.probe(), None, outputs))
         except Exception as error:
-            sender.send(_refusal(error, request))
+            sender.send(_refusal(error))
 
 
 class Front:
@@ -145,10 +143,7 @@ class Front:
         self._admission = Admission(requests=config.max_requests, pixels=config.max_pixels)
         self._meters = Meters(args["model_name"])
         self._watch = _Watch()
-        self._relayed: dict[str, tuple[_Sender, Any]] = {}
-        self._closed = threading.Event()
-        self._heart = threading.Thread(target=self._listen, name="sr3rt-heart", daemon=True)
-        self._heart.start()
+        self._peer = link.Peer(link.address(config.core))
 
     def execute(self, requests: list[Any]) -> None:
         """Pass each request on, from a thread of its own."""
@@ -159,72 +154,32 @@ class Front:
                 place = None if "probe" in parameters else self._admission.admit(0)
             except Overloaded as error:
                 self._meters.observe(error)
-                sender.send(_refusal(error, request))
+                sender.send(_refusal(error))
                 continue
-            # Not of a pool: a call whose core dies never returns, and only daemon threads may be left behind.
             threading.Thread(target=self._relay, args=(request, sender, parameters, place), daemon=True).start()
 
     def finalize(self) -> None:
         """Unloading, when Triton has seen every answer."""
-        self._closed.set()
-        self._heart.join()
         self._meters.close()
         self._watch.close()
+        self._peer.close()
 
     def _relay(self, request: Any, sender: _Sender, parameters: dict[str, Any], place: Place | None) -> None:
-        name = secrets.token_hex(16)
+        outputs = list(request.requested_output_names())
         try:
-            parameters["id"] = name
-            if request.timeout():
-                parameters.setdefault("timeout_ms", request.timeout() / 1000)
-            wanted = sorted({*request.requested_output_names(), "info"})
-            call = self._call(parameters, request.inputs(), wanted)
-            self._watch.add(name, sender, lambda: self._cancel(name))
-            self._relayed[name] = sender, request
-            answer = None
-            for response in call.exec(decoupled=True):
-                if response.has_error() or response.output_tensors():
-                    answer = response
-            if answer is None:
-                raise Stopped(f"the model {self._core} gave no answer: restart the server")
-            self._watch.discard(name)
-            sender.send(_answer(answer))
+            image = None if "probe" in parameters else _image(request)
+            message = {"parameters": parameters, "outputs": outputs, "timeout": request.timeout(), **_packed(image)}
+            answer, data = self._peer.ask(message, _bytes(image), begun=lambda cancel: self._watch.add(sender, cancel))
+            if "error" in answer:
+                response = pb.InferenceResponse(error=pb.TritonError(answer["error"], getattr(pb.TritonError, answer["code"])))
+            else:
+                response = _response(answer["info"], None if "shape" not in answer else _unpacked(answer, data), outputs)
+            sender.send(response)
         except Exception as error:
-            self._watch.discard(name)
-            sender.send(_refusal(Stopped(f"the model {self._core} cannot be reached: {error}"), request))
+            sender.send(_refusal(error))
         finally:
-            self._relayed.pop(name, None)
             if place is not None:
                 place.release()
-
-    def _listen(self) -> None:
-        """Every `HEARTBEAT` ask the core for a word while requests are with it: of a process that dies, those would never end."""
-        while not self._closed.wait(HEARTBEAT):
-            waiting = dict(self._relayed)
-            if waiting and (why := self._silent()):
-                for name, (sender, request) in waiting.items():
-                    self._watch.discard(name)
-                    sender.send(_refusal(Stopped(f"the model {self._core} is gone, restart the server: {why}"), request))
-
-    def _silent(self) -> str:
-        try:
-            errors = [
-                response.error().message()
-                for response in self._call({CANCEL: ""}, [], ["info"]).exec(decoupled=True)
-                if response.has_error()
-            ]
-        except Exception as error:
-            return str(error)
-        return errors[0] if errors else ""
-
-    def _call(self, parameters: dict[str, Any], inputs: list[Any], outputs: list[str]) -> Any:
-        return pb.InferenceRequest(
-            model_name=self._core, requested_output_names=outputs, inputs=inputs, parameters={RELAYED: json.dumps(parameters)}
-        )
-
-    def _cancel(self, name: str) -> None:
-        for _ in self._call({CANCEL: name}, [], ["info"]).exec(decoupled=True):
-            pass
 
 
 class _Sender:
@@ -249,6 +204,11 @@ class _Sender:
             except Exception as error:  # the client is gone: nobody to tell
                 pb.Logger.log_warn(f"an answer could not be sent: {error}")
 
+    @property
+    def done(self) -> bool:
+        """Whether the last answer is out."""
+        return self._done
+
     def cancelled(self) -> bool:
         """Whether the client no longer waits."""
         with self._lock:
@@ -259,18 +219,14 @@ class _Watch:
     """A thread that notices which requests were cancelled; Triton only answers when asked."""
 
     def __init__(self) -> None:
-        self._watched: dict[str, tuple[_Sender, Callable[[], None]]] = {}
+        self._watched: list[tuple[_Sender, Callable[[], None]]] = []
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="sr3rt-watch", daemon=True)
         self._thread.start()
 
-    def add(self, name: str, sender: _Sender, cancel: Callable[[], None]) -> None:
-        """Call `cancel` once when the request of `sender` is cancelled."""
-        self._watched[name] = sender, cancel
-
-    def discard(self, name: str) -> None:
-        """It is answered."""
-        self._watched.pop(name, None)
+    def add(self, sender: _Sender, cancel: Callable[[], None]) -> None:
+        """Call `cancel` once when the request of `sender` is cancelled, until it is answered."""
+        self._watched.append((sender, cancel))
 
     def close(self) -> None:
         """Stop looking."""
@@ -279,10 +235,25 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._closed.wait(WATCH):
-            for name, (sender, cancel) in list(self._watched.items()):
+            looked, self._watched = self._watched, []
+            for sender, cancel in looked:
                 if sender.cancelled():
-                    self.discard(name)
                     cancel()
+                elif not sender.done:
+                    self._watched.append((sender, cancel))
+
+
+def _query(parameters: dict[str, Any], outputs: list[str], timeout: int) -> Query:
+    """timeout: Triton's own, microseconds; 0: none."""
+    given = {key: value for key, value in parameters.items() if not key.startswith(RESERVED)}
+    if "sr3_priority" in given:  # what is called priority is kept by Triton for itself
+        given["priority"] = given.pop("sr3_priority")
+    if timeout:
+        given.setdefault("timeout_ms", timeout / 1000)
+    asked = {"image", "pixels"} & set(outputs)
+    if len(asked) == 1:
+        given.setdefault("format", "pixels" if "pixels" in asked else "png")
+    return Query.parse(given)
 
 
 def _image(request: Any) -> Encoded:
@@ -299,34 +270,31 @@ def _image(request: Any) -> Encoded:
     return bytes(data)
 
 
-def _response(info: dict[str, Any], image: Encoded | None, request: Any) -> Any:
+def _packed(image: Encoded | None) -> dict[str, Any]:
+    """What a message says of an image whose bytes follow."""
+    return {} if image is None else {"shape": None if isinstance(image, bytes) else list(image.shape)}
+
+
+def _bytes(image: Encoded | None) -> bytes:
+    return b"" if image is None else image if isinstance(image, bytes) else image.tobytes()
+
+
+def _unpacked(message: dict[str, Any], data: bytes) -> Encoded:
+    return data if message["shape"] is None else np.frombuffer(data, np.uint8).reshape(message["shape"])
+
+
+def _response(info: dict[str, Any], image: Encoded | None, outputs: list[str]) -> Any:
     tensors = [pb.Tensor("info", np.array([json.dumps(info).encode()], np.object_))]
     if isinstance(image, bytes):
         tensors.append(pb.Tensor("image", np.array([image], np.object_)))
     elif image is not None:
         tensors.append(pb.Tensor("pixels", np.ascontiguousarray(image)))
-    wanted = request.requested_output_names()
-    return pb.InferenceResponse([tensor for tensor in tensors if tensor.name() in wanted])
+    return pb.InferenceResponse([tensor for tensor in tensors if tensor.name() in outputs])
 
 
-def _refusal(error: Exception, request: Any) -> Any:
-    """`error` as the answer to `request`. Front gets it as JSON: on a call inside the server, Triton forgets the code of an error."""
+def _refusal(error: Exception) -> Any:
     text, code = _described(error)
-    if RELAYED in (request.parameters() or ""):
-        return _response({"error": text, "code": code}, None, request)
     return pb.InferenceResponse(error=pb.TritonError(text, getattr(pb.TritonError, code)))
-
-
-def _answer(response: Any) -> Any:
-    """What Front answers, from the core's last response."""
-    if response.has_error():  # Triton's own, as the core's are in `info`
-        text = f"the model that holds the weights cannot be reached, restart the server: {response.error().message()}"
-        return pb.InferenceResponse(error=pb.TritonError(text, pb.TritonError.UNAVAILABLE))
-    tensors = response.output_tensors()
-    (info,) = (json.loads(tensor.as_numpy()[0]) for tensor in tensors if tensor.name() == "info")
-    if "error" in info:
-        return pb.InferenceResponse(error=pb.TritonError(info["error"], getattr(pb.TritonError, info["code"])))
-    return pb.InferenceResponse(tensors)
 
 
 def _described(error: Exception) -> tuple[str, str]:

@@ -92,6 +92,7 @@ def test_only_the_outputs_asked_for_come_back(triton: Any, outputs: list[str]) -
         ({"stesp": 4}, "unknown parameter 'stesp'"),
         ({"sampler": "euler"}, "unknown sampler 'euler'"),
         ({"seed": "-1"}, "seed must be a whole number"),
+        ({"sr3rt": "mine"}, "'sr3rt'"),
     ],
 )
 def test_a_bad_parameter_is_the_clients_mistake(triton: Any, parameters: dict[str, Any], message: str) -> None:

@@ -1,0 +1,157 @@
+"""From `sr3`'s process to `sr3_stream`'s: requests and answers over a Unix socket that only this user can open.
+
+Not by Triton's own call from model to model: under load that crashes its Python stub ("free(): invalid pointer", seen with 2.51), never
+returns when the other model dies, and forgets the codes of errors. A message is a JSON object, then bytes; a connection carries one
+request at a time. Of a peer that dies, the other end is told at once, by the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from sr3rt.errors import Stopped
+from sr3rt.serving.service import Handle
+
+Message = tuple[dict[str, Any], bytes]
+Send = Callable[[dict[str, Any], bytes], None]
+
+
+def folder_of(server_pid: int) -> Path:
+    """Where the models of a server meet."""
+    return Path(tempfile.gettempdir()) / f"sr3rt-{os.getuid()}-{server_pid}"
+
+
+def address(model: str) -> str:
+    """Where the model listens: known to all models of one server, whose parent process is the same. Raises Stopped."""
+    folder = folder_of(os.getppid())
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+        raise Stopped(f"{folder} is not this user's alone: remove it, and restart the server")
+    return str(folder / model)
+
+
+class _Line:
+    """A connection that several threads may send on."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, message: dict[str, Any], data: bytes) -> None:
+        with self._sending:
+            self._connection.send_bytes(json.dumps(message).encode())
+            self._connection.send_bytes(data)
+
+    def receive(self) -> Message:
+        return json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Server:
+    """Listens. For each request calls `begin(message, data, send)`, which answers by `send`, once, and may return what to cancel."""
+
+    def __init__(self, where: str, begin: Callable[[dict[str, Any], bytes, Send], Handle | None]) -> None:
+        self._begin = begin
+        own = f"{where}-{os.getpid()}"  # one that is reloaded listens beside the one that drains
+        self._listener = Listener(own, "AF_UNIX", backlog=256)
+        threading.Thread(target=self._accept, name="sr3rt-link", daemon=True).start()
+        Path(f"{own}.new").symlink_to(own)
+        Path(f"{own}.new").replace(where)
+
+    def close(self) -> None:
+        """Listen no more; connections stay until their peer closes them."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=self._serve, args=(_Line(self._listener.accept()),), daemon=True).start()
+
+    def _serve(self, line: _Line) -> None:
+        handle: Handle | None = None
+        number = None
+
+        def send(answer: dict[str, Any], data: bytes) -> None:
+            with contextlib.suppress(OSError):  # nobody waits any more
+                line.send(answer, data)
+
+        try:
+            while True:
+                message, data = line.receive()
+                if "cancel" not in message:
+                    number = message["number"]
+                    handle = self._begin(message, data, send)
+                elif handle is not None and message["cancel"] == number:
+                    handle.cancel()
+        except (EOFError, OSError):
+            if handle is not None:
+                handle.cancel()
+
+
+class Peer:
+    """Asks a `Server`. Thread-safe: connections are kept, one for each request at a time."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._idle: list[_Line] = []
+        self._numbers = itertools.count(1)
+
+    def ask(self, message: dict[str, Any], data: bytes, *, begun: Callable[[Callable[[], None]], None]) -> Message:
+        """Send and wait. `begun` is told what cancels the request. Raises Stopped where nobody listens or the answer does not come."""
+        for line, kept in self._lines():
+            number = next(self._numbers)
+            try:
+                line.send({**message, "number": number}, data)
+                begun(_Cancel(line, number))
+                answer = line.receive()
+            except (EOFError, OSError) as error:
+                line.close()
+                if kept:  # it may have been closed long ago
+                    continue
+                raise Stopped(f"the model that holds the weights is gone, restart the server: {type(error).__name__}") from None
+            self._idle.append(line)
+            return answer
+        raise AssertionError
+
+    def close(self) -> None:
+        """Close what is kept."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _lines(self) -> Iterator[tuple[_Line, bool]]:
+        """Those that are kept, then a new one."""
+        while self._idle:
+            try:
+                yield self._idle.pop(), True
+            except IndexError:  # another thread took it
+                break
+        try:
+            new = Client(self._where, "AF_UNIX")
+        except OSError as error:
+            raise Stopped(f"the model that holds the weights cannot be reached, restart the server: {error.strerror or error}") from None
+        yield _Line(new), False
+
+
+class _Cancel:
+    """Asks for a request to be cancelled; too late, it does nothing."""
+
+    def __init__(self, line: _Line, number: int) -> None:
+        self._line, self._number = line, number
+
+    def __call__(self) -> None:
+        with contextlib.suppress(OSError):
+            self._line.send({"cancel": self._number}, b"")
