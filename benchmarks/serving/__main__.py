@@ -5,7 +5,7 @@ overload    arrivals at ten times of what it can do, for two minutes; and whethe
 batching    step-level batching against whole requests and one at a time, the same arrivals
 overhead    one client against `upscale` in the same process
 cancels     a thousand cancelled requests beside others
-all         all of these, about 25 minutes on two cores; nothing else should run
+all         all of these, about half an hour on two cores; nothing else should run
 table       write docs/serving.md's table from the JSON
 """
 

@@ -39,9 +39,9 @@ from sr3rt.serving.triton import Core
 class TritonPythonModel(Core):
     kept = []
 
-    def execute(self, requests):
-        self.kept.extend(bytearray(b"x" * {size}) for _ in requests)
-        return super().execute(requests)
+    def _submit(self, *request, **options):
+        self.kept.append(bytearray(b"x" * {size}))
+        return super()._submit(*request, **options)
 """
 
 
@@ -173,7 +173,7 @@ def _growth(memory: list[tuple[float, int]]) -> float:
     return statistics.median(slopes) * (half[-1][0] - half[0][0])
 
 
-def batching(*, seconds: float = 60, shares: tuple[float, ...] = (0.5, 0.8), side: int = 32) -> list[dict[str, Any]]:
+def batching(*, seconds: float = 120, shares: tuple[float, ...] = (0.5, 0.8), side: int = 32) -> list[dict[str, Any]]:
     """Step-level, whole-request and no batching under the same arrivals, of mixed steps: throughput and latency."""
     modes = {
         "step by step": Configuration(slots=4, max_requests=512),
@@ -299,7 +299,7 @@ def _cancelled(client: Any, tensor: Any, *, steps: int, after: float) -> str:
     return outcome[0] if ended.wait(60) else "no answer"
 
 
-def sweep(*, clients: str = "1:8") -> list[dict[str, Any]]:
+def sweep(*, clients: str = "1:4") -> list[dict[str, Any]]:
     """Triton's own perf_analyzer, which tritonclient brings."""
     libraries = next(path for path in Path(tritonclient.grpc.__file__).parents[2].glob("nvidia_pytriton.libs"))
     with tempfile.TemporaryDirectory() as name, serving(Configuration(max_requests=64)) as server:

@@ -79,6 +79,11 @@ class Handle:
         """Whether `cancel` was called."""
         return self._cancelled
 
+    def end(self) -> None:
+        """There is nothing to cancel any more. (Nor a cycle of references, which would keep arrays until the next collection.)"""
+        with self._lock:
+            self._ticket = None
+
     def begin(self, ticket: Ticket) -> None:
         """What there is to cancel from now on."""
         with self._lock:
@@ -184,6 +189,7 @@ class _Request:
         self._on_reply, self._place, self._progress = on_reply, place, progress
         self._format = query.format or ("png" if isinstance(image, bytes) else "pixels")
         self._received = time.monotonic()
+        self._ticket: Ticket | None = None
         self._told = deque[_Step]()
         self._telling = threading.Lock()  # replies go out one at a time, and none after the last
         self._ended = False
@@ -227,12 +233,13 @@ class _Request:
 
     def _finish(self) -> None:
         ticket = self._ticket
+        assert ticket is not None
         try:
             self._tell()
             result = self._service._upscaler.result(self._task, ticket.future.result())
             image = self._encoded(result.image, result.provenance)
         except Exception as error:
-            self._end(error)
+            self._end(error.with_traceback(None))  # whose frames hold the ticket, which holds the error
             return
         now = time.monotonic()
         info = {
@@ -260,6 +267,8 @@ class _Request:
         self._place.release()
         with self._telling:
             self._ended = True
+            self._ticket = None
+            self.handle.end()
             self._on_reply(reply)
 
 
