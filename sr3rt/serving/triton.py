@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -138,7 +139,6 @@ class Front:
         """Needs nothing but the name of the core."""
         _check_tensors()
         config = Configuration.read(args["model_config"])
-        self._core = config.core
         # The core's own limit, so that most of what it would refuse does not get as far.
         self._admission = Admission(requests=config.max_requests, pixels=config.max_pixels)
         self._meters = Meters(args["model_name"])
@@ -219,7 +219,7 @@ class _Watch:
     """A thread that notices which requests were cancelled; Triton only answers when asked."""
 
     def __init__(self) -> None:
-        self._watched: list[tuple[_Sender, Callable[[], None]]] = []
+        self._watched = deque[tuple[_Sender, Callable[[], None]]]()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="sr3rt-watch", daemon=True)
         self._thread.start()
@@ -235,8 +235,8 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._closed.wait(WATCH):
-            looked, self._watched = self._watched, []
-            for sender, cancel in looked:
+            for _ in range(len(self._watched)):
+                sender, cancel = self._watched.popleft()
                 if sender.cancelled():
                     cancel()
                 elif not sender.done:
