@@ -1,8 +1,10 @@
 """From `sr3`'s process to `sr3_stream`'s: requests and answers over a Unix socket that only this user can open.
 
 Not by Triton's own call from model to model: it never returns when the other model dies, and forgets the codes of errors; and under load
-Triton's Python stub died while such calls were in hand ("free(): invalid pointer", 2.51), which it has not done since. A message is a JSON object, then bytes; a connection carries one
-request at a time. Of a peer that dies, the other end is told at once, by the socket.
+Triton's Python stub died while such calls were in hand ("free(): invalid pointer", 2.51), which it has not done since.
+
+A message is a JSON object, then bytes; a connection carries one request at a time. Of a peer that dies, the other end is told at once,
+by the socket.
 """
 
 from __future__ import annotations
