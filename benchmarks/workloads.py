@@ -69,11 +69,11 @@ class Workload:
         target = CACHE / f"{self.name}-{_digest()}"
         if not target.exists():
             partial = CACHE / f"{self.name}.{os.getpid()}"
-            from sr3rt.export.to_onnx import write_onnx
+            from sr3rt.export.to_onnx import write_network
 
             partial.mkdir(parents=True)
             net = self.eager()
-            write_onnx(net, partial / "network.onnx")
+            write_network(net, partial)
             parameters, stride = sum(p.numel() for p in net.parameters()), net.config.stride
             write_manifest(
                 partial,
@@ -141,7 +141,7 @@ class Task:
 def _digest() -> str:
     """Of the sources that decide what an exported network is."""
     folder = Path(sr3rt.__file__).parent / "export"
-    sources = [*sorted((folder / "nets").glob("*.py")), folder / "to_onnx.py"]
+    sources = [*sorted((folder / "nets").glob("*.py")), folder / "program.py", folder / "to_onnx.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 

@@ -1,16 +1,18 @@
 """Checkpoint -> bundle: `python export/to_onnx.py CKPT [-o BUNDLE]`, or `sr3rt export`.
 
-The network becomes an ONNX graph (opset 21; inputs x, y, level; output out; float32; batch, height and width free), is compared with
-the checkpoint's own on the same noise, and is written with its manifest as one directory that is there whole or not at all.
+The network becomes its weights, a program (export/program.py) and an ONNX graph (opset 21; inputs x, y, level; output out; float32; batch,
+height and width free). The graph is compared with the checkpoint's own network on the same noise, and all is written with its manifest as
+one directory that is there whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,13 +27,16 @@ except ModuleNotFoundError:
     from sr3rt.errors import MissingExtra
 
     raise SystemExit(str(MissingExtra("export", "torch", "cpu,export"))) from None
+import numpy as np
 from cyclopts import App, Parameter
-from torch import nn
+from torch import Tensor, nn
 
-from sr3rt import __version__, backends
-from sr3rt.backends.onnxruntime import NETWORK
+from sr3rt import __version__, backends, safetensors
 from sr3rt.backends.torch import TorchNetwork
 from sr3rt.bundle import (
+    NETWORK,
+    PROGRAM,
+    WEIGHTS,
     Bundle,
     Consistency,
     Defaults,
@@ -42,13 +47,13 @@ from sr3rt.bundle import (
 )
 from sr3rt.errors import MissingExtra, OptionError
 from sr3rt.export import checkpoint as checkpoints
-from sr3rt.export import footprint, parity
+from sr3rt.export import footprint, parity, program
 from sr3rt.export.progress import progress_line
 from sr3rt.samplers import Sampler
 from sr3rt.schedule import ScheduleSpec
 
 OPSET = 21
-EXTERNAL = 1_500_000_000  # bytes of weights from which they go into a file of their own (an ONNX file ends at 2 GB)
+INSIDE = 1024  # bytes below which the graph keeps its own copy of a weight
 
 
 def export(
@@ -102,7 +107,7 @@ def export(
         manifest = _manifest(read, name or ckpt.stem, steps, sampler, consistency)
         with writing(target, overwrite=overwrite) as folder:
             progress("tracing the network")
-            write_onnx(read.net, folder / NETWORK)
+            write_network(read.net, folder)
             write_manifest(folder, manifest)
             bundle = Bundle.open(folder)
             network = backends.load(bundle, backends.Request("onnxruntime"))
@@ -122,8 +127,18 @@ def _check_packages() -> None:
             raise MissingExtra("export", package, "cpu,export")
 
 
-def write_onnx(net: nn.Module, path: Path) -> None:
-    """`net(x, y, level)` as an ONNX file with free batch, height and width. Weights over 1.5 GB go to `path` + ".data"."""
+def write_network(net: nn.Module, folder: Path) -> None:
+    """weights.safetensors, network.json and network.onnx of `net(x, y, level)`, one of export/nets."""
+    tensors = {name: value.detach() for name, value in (*net.named_parameters(), *net.named_buffers())}
+    safetensors.write(folder / WEIGHTS, {name: value.numpy() for name, value in tensors.items()})
+    (folder / PROGRAM).write_text(program.dumps(program.describe(net)), encoding="utf-8")
+    graph = _traced(net)
+    _share_weights(graph, tensors, folder / WEIGHTS)
+    graph.save(folder / NETWORK)
+
+
+def _traced(net: nn.Module) -> torch.onnx.ONNXProgram:
+    """The graph, with free batch, height and width."""
     stride, channels = net.config.stride, net.config.channels  # type: ignore[union-attr]
     side = int(2 * stride)  # type: ignore[operator]
     x, y = (torch.randn(2, int(channels), side, 2 * side) for _ in range(2))  # type: ignore[arg-type]
@@ -131,7 +146,7 @@ def write_onnx(net: nn.Module, path: Path) -> None:
     # the exporter prints to stdout and logs what torchvision operators it lacks
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        traced = torch.onnx.export(
             net.eval(),
             (x, y, torch.rand(2, 1)),
             dynamo=True,
@@ -140,11 +155,31 @@ def write_onnx(net: nn.Module, path: Path) -> None:
             output_names=["out"],
             dynamic_shapes=(picture, picture, {0: "batch"}),
         )
-    assert program is not None
-    for node in program.model.graph.all_nodes():
+    assert traced is not None
+    for node in traced.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of the machine that exported
-    weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    program.save(path, external_data=weights > EXTERNAL)
+    return traced
+
+
+def _share_weights(graph: torch.onnx.ONNXProgram, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """The graph's large weights become places in the file at `path`, which holds `tensors`; what it folded or changed stays inside.
+
+    The file's SHA-256 is put into the graph, whose own then stands for both.
+    """
+    import onnx_ir as ir
+
+    with path.open("rb") as stream:
+        digest, weights = hashlib.file_digest(stream, "sha256").hexdigest(), safetensors.Weights(stream)
+    for name, value in graph.model.graph.initializers.items():
+        inside = value.const_value
+        if inside is None or inside.nbytes < INSIDE or name not in weights or not np.array_equal(inside.numpy(), tensors[name].numpy()):
+            continue
+        place = weights.place(name)
+        shape = ir.Shape(place.shape)
+        value.const_value = ir.ExternalTensor(
+            path.name, place.offset, place.length, ir.DataType.FLOAT, shape=shape, name=name, base_dir=path.parent
+        )
+    graph.model.metadata_props["weights_sha256"] = digest
 
 
 def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sampler: str | None, consistency: Consistency) -> Manifest:

@@ -23,8 +23,7 @@ except ModuleNotFoundError:
 from cyclopts import App, Parameter
 
 from sr3rt import __version__, backends
-from sr3rt.backends.onnxruntime import HALF, NETWORK, WEIGHTS
-from sr3rt.bundle import Bundle, Manifest, write_manifest, writing
+from sr3rt.bundle import HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, write_manifest, writing
 from sr3rt.engines import EngineKey
 from sr3rt.errors import BackendError, OptionError
 from sr3rt.export import builder, parity
@@ -128,7 +127,8 @@ def _export(source: Path, target: Path, **options: Any) -> None:
 def _with_half(bundle: Bundle, folder: Path, shapes: Sequence[Shape], progress: Progress) -> Manifest:
     """Write network.fp16.onnx to `folder` and compare it with the float32 network. Returns the manifest with the figures."""
     progress("converting the network to float16")
-    external = bundle.read(WEIGHTS) if WEIGHTS in bundle.manifest.files else b""
+    beside = next((name for name in (WEIGHTS, WEIGHTS_BEFORE) if name in bundle.manifest.files), None)
+    external = bundle.read(beside) if beside else b""
     graph = half(onnx.load_from_string(bundle.read(NETWORK)), external)
     (folder / HALF).write_bytes(graph.SerializeToString())
     write_manifest(folder, replace(bundle.manifest, engines={}))
@@ -164,14 +164,13 @@ def _build(
 ) -> dict[str, dict[str, Any]]:
     """Engines for `shapes` in `folder`, by file name; those that are there already are not built again."""
     graph = folder / (HALF if precision == "fp16" else NETWORK)
-    model = graph if (folder / WEIGHTS).exists() and precision == "fp32" else graph.read_bytes()
     digest, (capability, driver) = _digest(graph), builder.target()
     engines = {}
     for i, (batch, height, width) in enumerate(shapes):
         key = EngineKey(digest, precision, batch, height, width, builder.flavour(), builder.version(), capability, driver, opt_level)
         if kept.get(key.name) != asdict(key):
             progress(f"building the engine {batch}×{height}×{width} ({i + 1} of {len(shapes)})")
-            plan = builder.build(model, batch=batch, height=height, width=width, tf32=False, opt_level=opt_level, timing_cache=timing_cache)
+            plan = builder.build(graph, batch=batch, height=height, width=width, tf32=False, opt_level=opt_level, timing_cache=timing_cache)
             (folder / key.name).write_bytes(plan)
         engines[key.name] = asdict(key)
     return engines

@@ -2,10 +2,14 @@
 
     bundle/
       sr3.json             the manifest: what the network is, how it was trained, what it was measured at, SHA-256 of every other file
-      network.onnx         inputs x, y (B, C, H, W) and level (B, 1), output out (B, C, H, W), all float32
-      network.onnx.data    weights beyond ONNX's 2 GB limit, where there are any
-      network.fp16.onnx    the same network in float16, strongly typed, with float32 inputs and output (export/precision.py)
-      *.plan               TensorRT engines of either (export/to_trt.py); `engines` in the manifest says where each may run
+      weights.safetensors  every parameter of the network, float32, by its name in the checkpoint (sr3rt/safetensors.py)
+      network.json         what to compute with them: a program of a few operations, which docs/program.md specifies
+      network.onnx         the same as a graph: inputs x, y (B, C, H, W) and level (B, 1), output out (B, C, H, W), all float32. Its
+                           large initialisers are external data in weights.safetensors, whose SHA-256 it states as `weights_sha256`
+      network.fp16.onnx    the graph in float16, strongly typed, with float32 inputs and output and its own weights (export/precision.py)
+      *.plan               TensorRT engines of either graph (export/to_trt.py); `engines` in the manifest says where each may run
+
+Bundles from before have no network.json; their weights are in network.onnx or, when large, in network.onnx.data. onnxruntime runs them.
 
 `sr3.json` is UTF-8 JSON whose own `sha256` field is the digest of the file's bytes with that field filled with 64 zeros. A name in
 `files` is a plain file name: no folder, no link, nothing in the directory that is not listed. Files are handed out as the bytes
@@ -23,6 +27,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,7 +37,8 @@ from sr3rt.samplers import Level, Prediction, Sampler
 from sr3rt.schedule import ScheduleSpec
 
 FORMAT = 1
-MANIFEST = "sr3.json"
+MANIFEST, WEIGHTS, PROGRAM, NETWORK, HALF = "sr3.json", "weights.safetensors", "network.json", "network.onnx", "network.fp16.onnx"
+WEIGHTS_BEFORE = "network.onnx.data"  # of bundles without WEIGHTS
 Consistency = Literal["off", "final", "every"]
 _ZEROS = "0" * 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -104,22 +110,43 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The file's bytes, whose SHA-256 is the one in the manifest. Raises BundleCorrupt."""
-        expected = self.manifest.files.get(name)
-        if expected is None:
-            raise BundleCorrupt(f"{self.path} lists no {name!r}: it has {', '.join(sorted(self.manifest.files)) or 'no files'}")
-        data = _read_plain(self.path, name, expected["bytes"])
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != expected["sha256"]:
-            raise BundleCorrupt(
-                f"{self.path / name} is damaged: its SHA-256 is {digest[:16]}…, sr3.json says {expected['sha256'][:16]}…. "
-                "Copy the bundle again, or export it again"
-            )
+        data = _read_plain(self.path, name, self._listed(name)["bytes"])
+        self._check(name, hashlib.sha256(data).hexdigest())
         return data
+
+    def open_file(self, name: str) -> BufferedReader:
+        """The file, open at its beginning, once its SHA-256 has been found to be the one in the manifest. Raises BundleCorrupt.
+
+        For what is better not held at once: what is read is of the same open file, and not checked again.
+        """
+        stream = _open_plain(self.path, name, self._listed(name)["bytes"])
+        try:
+            with _told(self.path / name):
+                self._check(name, hashlib.file_digest(stream, "sha256").hexdigest())
+                stream.seek(0)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def verify(self) -> None:
         """Read and check every file. Raises BundleCorrupt."""
         for name in self.manifest.files:
-            self.read(name)
+            self.open_file(name).close()
+
+    def _listed(self, name: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] | None = self.manifest.files.get(name)
+        if found is None:
+            raise BundleCorrupt(f"{self.path} lists no {name!r}: it has {', '.join(sorted(self.manifest.files)) or 'no files'}")
+        return found
+
+    def _check(self, name: str, digest: str) -> None:
+        expected = self._listed(name)["sha256"]
+        if digest != expected:
+            raise BundleCorrupt(
+                f"{self.path / name} is damaged: its SHA-256 is {digest[:16]}…, sr3.json says {expected[:16]}…. "
+                "Copy the bundle again, or export it again"
+            )
 
 
 @contextmanager
@@ -196,20 +223,34 @@ def _sync(path: Path) -> None:
 
 def _read_plain(folder: Path, name: str, size: int | None = None) -> bytes:
     """The bytes of a plain file, `size` of them where that is known."""
+    with _open_plain(folder, name, size) as stream, _told(folder / name):
+        return stream.read()
+
+
+def _open_plain(folder: Path, name: str, size: int | None) -> BufferedReader:
+    """A plain file, of `size` bytes where that is known, open for reading. Raises BundleCorrupt."""
     if not _NAME.fullmatch(name):
         raise BundleCorrupt(f"{folder}/sr3.json names {name!r}: expected a plain file name of letters, digits, '.', '_' and '-'")
     path = folder / name
     if path.is_symlink() or not path.is_file():
         found = "a symbolic link" if path.is_symlink() else "not a file" if path.exists() else "missing"
         raise BundleCorrupt(f"{path} is {found}: expected a plain file. Copy the bundle again, or export it again")
+    with _told(path):
+        stream = open(path, "rb", opener=lambda place, flags: os.open(place, flags | getattr(os, "O_NOFOLLOW", 0)))  # noqa: SIM115
+        found_size = os.fstat(stream.fileno()).st_size
+    if size not in (None, found_size):
+        stream.close()
+        raise BundleCorrupt(
+            f"{path} is damaged: it has {found_size:,} bytes, sr3.json says {size:,}. Copy the bundle again, or export it again"
+        )
+    return stream
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """The system's errors become BundleCorrupt."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
-            found_size = os.fstat(stream.fileno()).st_size
-            if size not in (None, found_size):
-                raise BundleCorrupt(
-                    f"{path} is damaged: it has {found_size:,} bytes, sr3.json says {size:,}. Copy the bundle again, or export it again"
-                )
-            return stream.read()
+        yield
     except OSError as error:
         raise BundleCorrupt(f"{path} cannot be read: {error.strerror or error}") from error
 

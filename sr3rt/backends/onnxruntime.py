@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sr3rt.backends import Floats, Request
-from sr3rt.bundle import Bundle
+from sr3rt.bundle import HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle
 from sr3rt.errors import BackendError, MissingExtra
 
 if TYPE_CHECKING:
     import onnxruntime
-
-NETWORK, WEIGHTS = "network.onnx", "network.onnx.data"
-HALF = "network.fp16.onnx"
 
 
 def why_not() -> str | None:
@@ -43,9 +40,9 @@ def load(bundle: Bundle, request: Request) -> OrtNetwork:
     options.intra_op_num_threads = request.thread_count
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if name == NETWORK and WEIGHTS in bundle.manifest.files:
-        weights = bundle.read(WEIGHTS)
-        options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+    beside = {WEIGHTS, WEIGHTS_BEFORE}.intersection(bundle.manifest.files if name == NETWORK else ())
+    weights = {file: bundle.read(file) for file in beside}
+    options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], [*map(len, weights.values())])
     model = bundle.read(name)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,84 @@
+"""The program of every architecture computes what the network does, in float64, where the order of sums hardly shows."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import program_oracle
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from sr3rt.export.nets.compact import CompactConfig, CompactUNet  # noqa: E402
+from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet  # noqa: E402
+from sr3rt.export.nets.paper import PRESETS, PaperConfig, PaperUNet  # noqa: E402
+from sr3rt.export.program import describe, dumps  # noqa: E402
+
+NETS = {
+    "sr3_a": lambda: JanspiryUNet(JanspiryConfig(inner=16, multipliers=(1, 2, 4), blocks=1, attention=(1,), norm_groups=8)),
+    "sr3_c": lambda: JanspiryUNet(JanspiryConfig(inner=64, multipliers=(1, 1), blocks=1, attention=(), norm_groups=32)),
+    "ddpm_e": lambda: JanspiryUNet(JanspiryConfig("ddpm", inner=16, multipliers=(1, 2, 2, 4), blocks=1, attention=(2, 3), norm_groups=8)),
+    "grey": lambda: JanspiryUNet(JanspiryConfig(channels=1, inner=8, multipliers=(1, 2), blocks=2, attention=(0,), norm_groups=4)),
+    "compact": lambda: CompactUNet(CompactConfig()),
+    "compact of one level": lambda: CompactUNet(CompactConfig(channels=1, widths=(8,), blocks=(2,), embedding=16)),
+    "paper, as small as it gets": lambda: PaperUNet(PaperConfig(width=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4)),
+    **{f"paper {name}": lambda preset=preset: PaperUNet(replace(preset, width=4, norm_groups=2)) for name, preset in PRESETS.items()},
+}
+
+
+def trained(name: str) -> Any:
+    """The network with weights none of which is zero or one, so that each matters, and none of which makes numbers grow."""
+    torch.manual_seed(0)
+    net = NETS[name]()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
+                if parameter.ndim > 1
+                else 1 + torch.randn_like(parameter) / 4
+            )
+    return net.eval()
+
+
+def tensors(net: Any) -> dict[str, Any]:
+    return {name: value.detach().numpy() for name, value in (*net.named_parameters(), *net.named_buffers())}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 2), (3, 2, 1)], ids=lambda shape: "×".join(map(str, shape)))
+def test_program_computes_what_the_network_does(name: str, shape: tuple[int, int, int]) -> None:
+    """A square, and rectangles in a batch of 3 at mixed levels."""
+    net = trained(name)
+    channels, stride = net.config.channels, net.config.stride
+    batch, height, width = shape[0], shape[1] * stride * (2 if stride < 16 else 1), shape[2] * stride * (2 if stride < 16 else 1)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    level = torch.tensor([[0.9], [0.3], [0.01]], dtype=torch.float64)[:batch]
+    level = (level * 1000).floor() if name == "ddpm_e" else level
+    program = json.loads(dumps(describe(net)))
+    found = program_oracle.run(program, tensors(net), x.numpy(), y.numpy(), level.numpy())
+    with torch.inference_mode():
+        expected = copy.deepcopy(net).double()(x, y, level).numpy()
+    assert np.abs(expected).max() > 0.01
+    assert np.abs(found - expected).max() < 1e-10 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_program_reads_every_weight_and_only_those(name: str) -> None:
+    net = NETS[name]()
+
+    class Noting(dict[str, Any]):
+        read: set[str] = set()  # noqa: RUF012
+
+        def __getitem__(self, key: str) -> Any:
+            self.read.add(key)
+            return super().__getitem__(key)
+
+    weights, side = Noting(tensors(net)), net.config.stride
+    blank = np.zeros((1, net.config.channels, side, side))
+    program_oracle.run(describe(net), weights, blank, blank, [[0.5]])
+    assert weights.read == set(weights)
