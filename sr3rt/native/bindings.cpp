@@ -173,10 +173,13 @@ std::array<std::uint32_t, 4> philox(const std::array<std::uint32_t, 4>& counter,
 
 }  // namespace
 
+void bind_network(nb::module_& module);  // network_bindings.cpp
+
 NB_MODULE(_native, module) {
     module.def("philox", &philox, "counter"_a, "key"_a);
     module.def("normals", &normals, "out"_a, "seeds"_a, "steps"_a, "row"_a = 0, "column"_a = 0, "threads"_a = 1);
     module.def("step", &step, "y"_a, "net"_a, "x0"_a, "rows"_a, "seeds"_a, "steps"_a, "clip"_a, "threads"_a);
     module.def("predict", &predict, "y"_a, "net"_a, "x0_new"_a, "rows"_a, "clip"_a, "threads"_a);
     module.def("advance", &advance, "y"_a, "x0_new"_a, "x0"_a, "rows"_a, "seeds"_a, "steps"_a, "z"_a.none(), "threads"_a);
+    bind_network(module);
 }

@@ -1,0 +1,159 @@
+"""sr3rt's own engine for CPUs: the bundle's program (docs/program.md), run by native/network.cpp. It needs nothing but numpy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sr3rt import _native
+from sr3rt.backends import Floats, Request
+from sr3rt.bundle import PROGRAM, WEIGHTS, Bundle
+from sr3rt.errors import BackendError, BundleCorrupt
+from sr3rt.safetensors import Weights
+
+Tensors = Mapping[str, Floats]
+
+
+def why_not() -> str | None:
+    """Why this backend cannot run here, or None when it can."""
+    return None if _native.instructions() else "the native backend needs a processor with AVX2 and FMA: use backend='onnxruntime'"
+
+
+def load(bundle: Bundle, request: Request) -> NativeNetwork:
+    """Raises BackendError (a processor, precision or device that it does not have; a bundle without a program) or BundleCorrupt."""
+    reason = why_not()
+    if reason:
+        raise BackendError(reason)
+    if request.precision not in ("auto", "fp32"):
+        raise BackendError(f"the native backend has fp32, precision {request.precision!r} was asked for: use auto or fp32")
+    if request.device not in ("auto", "cpu"):
+        raise BackendError(f"the native backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu")
+    if PROGRAM not in bundle.manifest.files:
+        raise BackendError(f"{bundle.path} has no {PROGRAM}, which the native backend runs: export it again, or use backend='onnxruntime'")
+    try:
+        program = json.loads(bundle.read(PROGRAM))
+        with bundle.open_file(WEIGHTS) as stream:
+            return NativeNetwork(compiled(program, Weights(stream), bundle.manifest.channels, request.thread_count))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleCorrupt(f"{bundle.path / PROGRAM} is not a program of format {FORMAT}: {error!r}. Export the bundle again") from error
+
+
+class NativeNetwork:
+    """A `Network` over native/network.hpp. Calls from several threads take turns, each with all of the network's threads."""
+
+    backend, device, precision = "native", "cpu", "fp32"
+
+    def __init__(self, network: _native.Network) -> None:
+        self._network = network
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        """As `Network.bind`. A call raises BackendError when memory runs out."""
+
+        def run() -> None:
+            try:
+                self._network.run(x, y, level, out)
+            except MemoryError:
+                size = "×".join(map(str, x.shape))
+                raise BackendError(f"the native backend has not the memory for {size} (batch, channels, height, width)") from None
+
+        return run
+
+
+FORMAT = 1
+_KEYS = {
+    "convolution": {"from", "to", "norm", "silu", "resample", "weight", "bias", "stride", "level", "after", "add", "gain"},
+    "resample": {"from", "to", "by"},
+    "attention": {"from", "to"},
+    "to_bands": {"from", "to", "detail"},
+    "from_bands": {"from", "to", "detail", "coarse"},
+}
+
+
+def compiled(program: Mapping[str, Any], tensors: Tensors, channels: int, threads: int, *, instructions: str = "auto") -> _native.Network:
+    """The program with its weights packed. instructions: "avx2", "avx512" or the best that is there.
+
+    Raises KeyError, TypeError or ValueError for what is not a program.
+    """
+    if program["format"] != FORMAT:
+        raise ValueError(f"format {program['format']!r}, expected {FORMAT}")
+    level = program["level"]
+    if level["input"] not in ("level", "log_sigma"):
+        raise ValueError(f"a level from {level['input']!r}, expected level or log_sigma")
+    layers = [_linear(layer, tensors) for layer in level["layers"]]
+    encoding = (level["input"] == "log_sigma", level["scale"], tensors[level["frequencies"]], layers, level["silu"])
+    network = _native.Network(instructions, threads, channels, encoding)
+    build = _Build(network, tensors)
+    for operation in program["operations"]:
+        build.add(operation)
+    build.finish()
+    return network
+
+
+def _linear(layer: Mapping[str, str], tensors: Tensors) -> tuple[Floats, Floats]:
+    return tensors[layer["weight"]], tensors[layer["bias"]]
+
+
+class _Build:
+    """Adds operations to a network, naming the registers as the program does."""
+
+    def __init__(self, network: _native.Network, tensors: Tensors) -> None:
+        self._network, self._tensors = network, tensors
+        self._registers = dict[str, int]()
+        self._bands = ""  # the register that to_bands wrote
+
+    def add(self, operation: Mapping[str, Any]) -> None:
+        kind = operation["do"]
+        if kind not in _KEYS or set(operation) != _KEYS[kind] | {"do"}:
+            raise ValueError(f"the operation {kind!r} with {sorted(operation)} is not known")
+        if operation["to"] in (*self._registers, "x", "y"):
+            raise ValueError(f"register {operation['to']!r} is written twice")
+        made: int | None = getattr(self, f"_{kind}")(operation)
+        self._registers[operation["to"]] = -1 if made is None else made
+
+    def finish(self) -> None:
+        """Tell the network which register is the result; from_bands has done so."""
+        if self._registers["out"] >= 0:
+            self._network.result(self._registers["out"])
+
+    def _source(self, name: str) -> int:
+        return self._registers[name]
+
+    def _convolution(self, one: Mapping[str, Any]) -> int:
+        if list(one["from"]) == ["x", "y"] and "x, y" not in self._registers:
+            self._registers["x, y"] = self._network.joined_planes()
+        sources = [self._registers["x, y"]] if list(one["from"]) == ["x", "y"] else [self._source(name) for name in one["from"]]
+        norm, level, tensors = one["norm"], one["level"], self._tensors
+        return self._network.convolution(
+            sources,
+            tensors[one["weight"]],
+            None if one["bias"] is None else tensors[one["bias"]],
+            stride=one["stride"],
+            norm=norm and (norm["groups"], norm["eps"], tensors[norm["weight"]], tensors[norm["bias"]]),
+            silu=one["silu"],
+            resample=one["resample"] or "none",
+            level=level and _linear(level, tensors),
+            scaled=bool(level) and {"shift": False, "scale_shift": True}[level["kind"]],
+            after={None: False, "silu": True}[one["after"]],
+            add=-1 if one["add"] is None else self._source(one["add"]),
+            gain=one["gain"],
+        )
+
+    def _resample(self, one: Mapping[str, Any]) -> int:
+        (source,) = one["from"]
+        return self._network.resampling(self._source(source), one["by"])
+
+    def _attention(self, one: Mapping[str, Any]) -> int:
+        (source,) = one["from"]
+        return self._network.attention(self._source(source))
+
+    def _to_bands(self, one: Mapping[str, Any]) -> int:
+        if list(one["from"]) != ["x", "y"]:
+            raise ValueError("to_bands reads x and y")
+        self._bands = one["to"]
+        return self._network.to_bands(one["detail"])
+
+    def _from_bands(self, one: Mapping[str, Any]) -> None:
+        if list(one["from"][:2]) != ["x", "y"] or one["to"] != "out":
+            raise ValueError("from_bands reads x, y and what was made of their bands, and writes out")
+        self._network.from_bands(self._source(self._bands), self._source(one["from"][2]), one["detail"], one["coarse"])

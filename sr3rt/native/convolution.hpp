@@ -1,0 +1,46 @@
+// What both kinds of convolution share: how a picture's input is described, normed and finished.
+
+#pragma once
+
+#include "layers.hpp"
+
+namespace sr3 {
+
+class Convolution : public Layer {
+   public:
+    Extent extent(const std::vector<Extent>&, int height, int width) const override;
+
+   protected:
+    Convolution(const Kernels&, const std::vector<Register>&, ConvolutionOptions, std::size_t outputs, int side,
+                std::vector<float> bias);
+
+    // packed: [panel][input, padded][tap][lane].
+    Floats packed(const Kernels&, const std::vector<Register>&, const float* weight) const;
+
+    // The sums' units that a picture of these extents has.
+    virtual std::size_t units(int height, int width) const = 0;
+
+    // Scales and shifts of every picture's joined channels, from the sums of its registers.
+    void find_norms(const Run&, float* norms) const;
+    std::size_t norms_size(std::size_t count) const { return options_.norm.groups == 0 ? 0 : 2 * count * inputs_; }
+
+    Input input(const Run&, std::size_t picture, const float* norms) const;
+    // For the panel's channels from the picture's first pixel on.
+    Epilogue epilogue(const Run&, std::size_t picture, std::size_t panel) const;
+
+    // Whether the input is just what one register holds.
+    bool plain() const { return from.size() == 1 && options_.norm.groups == 0 && !options_.silu && options_.resample == Resample::none; }
+
+    std::size_t panels() const { return rounded_up(outputs_, lanes_ * 2) / (lanes_ * 2); }
+
+    ConvolutionOptions options_;
+    std::size_t inputs_, outputs_, padded_;  // inputs, and outputs once more, padded
+    std::size_t lanes_;
+    int side_;
+    std::vector<float> bias_;  // padded to whole panels
+
+   private:
+    std::vector<std::size_t> channels_;  // of each source
+};
+
+}  // namespace sr3

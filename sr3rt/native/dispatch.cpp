@@ -1,0 +1,24 @@
+// Which instruction set this processor has.
+
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace sr3 {
+
+#if defined(__x86_64__)
+extern const Kernels avx2, avx512;
+
+const Kernels* kernels(const char* name) {
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    const bool best = std::strcmp(name, "auto") == 0;
+    if (has_avx512 && (best || std::strcmp(name, "avx512") == 0)) return &avx512;
+    if (has_avx2 && (best || std::strcmp(name, "avx2") == 0)) return &avx2;
+    return nullptr;
+}
+#else
+const Kernels* kernels(const char*) { return nullptr; }
+#endif
+
+}  // namespace sr3

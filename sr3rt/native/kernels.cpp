@@ -1,0 +1,262 @@
+// The functions of kernels.hpp for one instruction set. CMake compiles this file once for each: SR3_LANES floats a vector,
+// SR3_ROWS rows of the matrix product's register block, SR3_KERNELS the table's name.
+
+#include "kernels.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "simd.hpp"
+#include "winograd.hpp"
+
+namespace sr3 {
+namespace {
+
+// One row of the input at the layer's resolution before resampling.
+struct Row {
+    const Input& input;
+    int width;  // of the sources
+
+    // Pixels [column, column+columns) of source row `row`, channels [first, last), activated, `step` pixels apart in out.
+    void activated(int row, int column, int columns, std::size_t first, std::size_t last, float* out, std::size_t pixel) const {
+        std::size_t begin = 0;
+        for (int s = 0; s < input.count; ++s) {
+            const Source& source = input.sources[s];
+            const std::size_t from = std::max(first, begin), to = std::min(last, begin + source.channels);
+            for (int x = 0; x < columns && from < to; ++x) {
+                const std::size_t at = static_cast<std::size_t>(row) * width + column + x;
+                const float* in = source.data + at * source.channels + (from - begin);
+                run(source, in, from - begin, to - from, out + x * pixel + (from - first));
+            }
+            begin += source.channels;
+        }
+    }
+
+    void run(const Source& source, const float* in, std::size_t channel, std::size_t count, float* out) const {
+        if (source.scale == nullptr && !input.silu) {
+            std::memcpy(out, in, count * sizeof(float));
+            return;
+        }
+        for (std::size_t i = 0; i < count; i += LANES) {
+            Vec v = load(in + i);
+            if (source.scale != nullptr) v = v * load(source.scale + channel + i) + load(source.shift + channel + i);
+            store(out + i, input.silu ? silu(v) : v);
+        }
+    }
+};
+
+// One pixel row of `fill` inside the picture: columns [begin, end) of it, `out` at column begin.
+void fill_row(const Input& input, int row, int begin, int end, std::size_t first, std::size_t last, float* out) {
+    const std::size_t pixel = last - first;
+    if (input.resample == Resample::none) {
+        Row{input, input.width}.activated(row, begin, end - begin, first, last, out, pixel);
+        return;
+    }
+    if (input.resample == Resample::up) {
+        const Row source{input, input.width / 2};
+        for (int x = begin; x < end; ++x) {
+            float* to = out + (x - begin) * pixel;
+            if (x > begin && x % 2 != 0) {
+                std::memcpy(to, to - pixel, pixel * sizeof(float));
+            } else {
+                source.activated(row / 2, x / 2, 1, first, last, to, pixel);
+            }
+        }
+        return;
+    }
+    const Row source{input, input.width * 2};
+    float four[4 * LANES];
+    for (int x = begin; x < end; ++x)
+        for (std::size_t channel = first; channel < last; channel += LANES) {
+            source.activated(2 * row, 2 * x, 2, channel, channel + LANES, four, LANES);
+            source.activated(2 * row + 1, 2 * x, 2, channel, channel + LANES, four + 2 * LANES, LANES);
+            const Vec mean = 0.25f * ((load(four) + load(four + LANES)) + (load(four + 2 * LANES) + load(four + 3 * LANES)));
+            store(out + (x - begin) * pixel + (channel - first), mean);
+        }
+}
+
+void fill(const Input& input, int row, int column, int rows, int columns, std::size_t first, std::size_t last, float* out) {
+    const std::size_t pixel = last - first;
+    const int begin = std::clamp(-column, 0, columns), end = std::clamp(input.width - column, begin, columns);
+    for (int y = 0; y < rows; ++y) {
+        float* to = out + static_cast<std::size_t>(y) * columns * pixel;
+        if (row + y < 0 || row + y >= input.height) {
+            std::memset(to, 0, columns * pixel * sizeof(float));
+            continue;
+        }
+        std::memset(to, 0, begin * pixel * sizeof(float));
+        std::memset(to + end * pixel, 0, (columns - end) * pixel * sizeof(float));
+        const bool doubled = input.resample == Resample::up && y > 0 && (row + y) % 2 != 0 && row + y - 1 >= 0;
+        if (doubled) {
+            std::memcpy(to + begin * pixel, to + begin * pixel - columns * pixel, (end - begin) * pixel * sizeof(float));
+        } else {
+            fill_row(input, row + y, column + begin, column + end, first, last, to + begin * pixel);
+        }
+    }
+}
+
+// The register block: `rows` rows by one panel, summed over the depth in order.
+template <int rows>
+void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, float* m,
+                    std::size_t m_stride, bool accumulate) {
+    Vec sums[rows][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+        for (int half = 0; half < 2; ++half) sums[r][half] = accumulate ? load(m + r * m_stride + half * LANES) : Vec{};
+    for (std::size_t k = 0; k < depth; ++k) {
+        const Vec left = load(b), right = load(b + LANES);
+        b += b_stride;
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+            const Vec one = splat(a[r * a_stride + k]);
+            sums[r][0] += one * left;
+            sums[r][1] += one * right;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+        for (int half = 0; half < 2; ++half) store(m + r * m_stride + half * LANES, sums[r][half]);
+}
+
+using Block = void (*)(std::size_t, const float*, std::size_t, const float*, std::size_t, float*, std::size_t, bool);
+
+template <std::size_t... rows>
+constexpr auto blocks_of(std::index_sequence<rows...>) {
+    return std::array<Block, sizeof...(rows)>{&multiply_block<rows + 1>...};
+}
+
+void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
+              float* m, std::size_t m_stride, bool accumulate) {
+    static constexpr auto blocks = blocks_of(std::make_index_sequence<SR3_ROWS>{});
+    const std::size_t parts = (rows + SR3_ROWS - 1) / SR3_ROWS;  // of nearly one height: a low block leaves units idle
+    for (std::size_t part = 0, row = 0; part < parts; ++part) {
+        const std::size_t next = rows * (part + 1) / parts;
+        blocks[next - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, m + row * m_stride, m_stride, accumulate);
+        row = next;
+    }
+}
+
+// The epilogue's parts that cost something, chosen once for a panel and not for every pixel.
+template <bool scaled, bool activated, bool added>
+struct Finish {
+    const Epilogue& end;
+    Vec scale[2], shift[2];
+
+    explicit Finish(const Epilogue& epilogue) : end(epilogue) {
+        for (int half = 0; half < end.vectors; ++half) {
+            scale[half] = scaled ? load(end.scale + half * LANES) : Vec{};
+            shift[half] = load(end.shift + half * LANES);
+        }
+    }
+
+    Vec operator()(Vec sum, std::size_t at, int half) const {
+        Vec v = scaled ? sum * scale[half] + shift[half] : sum + shift[half];
+        if (activated) v = silu(v);
+        if (added) v = (v + load(end.add + at + half * LANES)) * end.gain;
+        store(end.out + at + half * LANES, v);
+        return v;
+    }
+};
+
+// Calls body(finish) with the `Finish` that the epilogue needs.
+template <class Body>
+void finishing(const Epilogue& end, const Body& body) {
+    const auto added = [&]<bool scaled, bool activated>() {
+        end.add != nullptr ? body(Finish<scaled, activated, true>(end)) : body(Finish<scaled, activated, false>(end));
+    };
+    const auto activated = [&]<bool scaled>() {
+        end.silu ? added.template operator()<scaled, true>() : added.template operator()<scaled, false>();
+    };
+    end.scale != nullptr ? activated.template operator()<true>() : activated.template operator()<false>();
+}
+
+void add_sums(const Epilogue& end, double* unit, int half, Vec sum, Vec squares) {
+    for (int lane = 0; lane < LANES; ++lane) {
+        unit[half * LANES + lane] += static_cast<double>(sum[lane]);
+        unit[half * LANES + lane + end.sums_stride] += static_cast<double>(squares[lane]);
+    }
+}
+
+void transform_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
+                      const Epilogue& end) {
+    finishing(end, [&](const auto& finish) {
+        for (int top = 0; top < rows; top += TILE)
+            for (int left = 0; left < columns; left += TILE) {
+                const float* from = points + (top / TILE * tile_row_stride + left / TILE) * PANEL;
+                const std::size_t corner = top * end.row_stride + left * end.pixel_stride;
+                const int height = std::min(TILE, rows - top), width = std::min(TILE, columns - left);
+                for (int half = 0; half < end.vectors; ++half) {
+                    Vec lines[24], sum{}, squares{};
+                    for (int x = 0; x < 6; ++x) {
+                        Vec m[6];
+                        for (int y = 0; y < 6; ++y) m[y] = load(from + (6 * y + x) * plane + half * LANES);
+                        output_line(m, 1, lines + x, 6);
+                    }
+                    for (int y = 0; y < height; ++y) {
+                        Vec out[TILE];
+                        output_line(lines + 6 * y, 1, out, 1);
+                        for (int x = 0; x < width; ++x) {
+                            const Vec v = finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half);
+                            sum += v;
+                            squares += v * v;
+                        }
+                    }
+                    if (end.sums != nullptr) add_sums(end, end.sums + top / TILE * end.unit_stride, half, sum, squares);
+                }
+            }
+    });
+}
+
+void finish_row(const float* sums, int pixels, const Epilogue& end) {
+    constexpr int SHORT = 16;  // float sums of so many, then doubles
+    finishing(end, [&](const auto& finish) {
+        for (int begin = 0; begin < pixels; begin += SHORT)
+            for (int half = 0; half < end.vectors; ++half) {
+                Vec sum{}, squares{};
+                for (int x = begin; x < std::min(pixels, begin + SHORT); ++x) {
+                    const Vec v = finish(load(sums + x * PANEL + half * LANES), x * end.pixel_stride, half);
+                    sum += v;
+                    squares += v * v;
+                }
+                if (end.sums != nullptr) add_sums(end, end.sums, half, sum, squares);
+            }
+    });
+}
+
+void softmax(float* scores, std::size_t stride, std::size_t rows, std::size_t count) {
+    for (std::size_t row = 0; row < rows; ++row) {
+        float* line = scores + row * stride;
+        const float most = *std::max_element(line, line + count);
+        for (std::size_t i = 0; i < count; i += LANES) store(line + i, exponential(load(line + i) - most));  // into the padding too
+        double sum = 0;
+        for (std::size_t i = 0; i < count; ++i) sum += static_cast<double>(line[i]);
+        const float factor = static_cast<float>(1 / sum);
+        for (std::size_t i = 0; i < count; ++i) line[i] *= factor;
+    }
+}
+
+void add_scaled(float* y, const float* x, float factor, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) y[i] += factor * x[i];
+}
+
+void silu_of(float* values, std::size_t count) {
+    std::size_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(values + i, silu(load(values + i)));
+    if (i == count) return;
+    float last[LANES] = {};
+    std::copy(values + i, values + count, last);
+    store(last, silu(load(last)));
+    std::copy(last, last + (count - i), values + i);
+}
+
+}  // namespace
+
+extern const Kernels SR3_KERNELS;
+const Kernels SR3_KERNELS{
+    SR3_NAME,          LANES,    &fill,       &transform_weights, &transform_input, &multiply,
+    &transform_output, &finish_row, &softmax, &add_scaled,        &silu_of,
+};
+
+}  // namespace sr3

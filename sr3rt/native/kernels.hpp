@@ -1,0 +1,89 @@
+// What the network's layers are made of, one set of functions for each instruction set (kernels.cpp is compiled once for each).
+//
+// Activations are float32, rows of pixels, a pixel's channels side by side and padded with zeros to whole vectors. Weights are packed
+// in panels of two vectors of output channels. No function allocates, and none depends on how the work around it is cut: every sum is
+// taken over the input channels in their order.
+
+#pragma once
+
+#include <cstddef>
+
+namespace sr3 {
+
+constexpr int TILE = 4;                // outputs of a Winograd tile, each way: F(4×4, 3×3)
+constexpr int POINTS = 36;             // products in place of those 16 outputs · 9 taps
+constexpr int SOURCES = 4;             // most registers that are joined
+constexpr std::size_t ALIGNMENT = 64;  // bytes
+
+enum class Resample { none, up, down };
+
+// One of the registers that a layer reads, of one picture: `channels` floats a pixel (padded), and what a norm makes of them.
+struct Source {
+    const float* data;
+    std::size_t channels;
+    const float* scale;  // null: none. Of each channel; the activation reads data·scale + shift
+    const float* shift;
+};
+
+// A layer's input: the sources, joined, normed, through SiLU where `silu`, resampled to height × width.
+struct Input {
+    Source sources[SOURCES];
+    int count;
+    bool silu;
+    Resample resample;
+    int height, width;
+};
+
+// What is done to a layer's sums: (act(sum·scale + shift) + add)·gain. Pointers are to the first channel and pixel written.
+struct Epilogue {
+    const float* scale;  // null: none
+    const float* shift;
+    bool silu;
+    const float* add;  // null: none; laid out as `out`
+    float gain;
+    float* out;
+    std::size_t row_stride, pixel_stride;  // of out and add, in floats
+    int vectors;                           // of a panel that are written: 1 or 2
+    double* sums;                          // null: none; of each channel, added to: sums of the values, then `sums_stride` on, of squares
+    std::size_t sums_stride;               // between a unit's sums and its sums of squares
+    std::size_t unit_stride;               // between the units of two rows of tiles
+};
+
+struct Kernels {
+    const char* name;
+    int lanes;  // floats in a vector; a panel is two of them
+
+    // Rows [row, row+rows) and columns [column, column+columns) of the input's channels [first, last), zeros outside the picture.
+    void (*fill)(const Input&, int row, int column, int rows, int columns, std::size_t first, std::size_t last, float* out);
+
+    // packed: [channels][9][panel] -> points: [36] planes of [channels][panel], `plane` floats apart.
+    void (*transform_weights)(const float* packed, std::size_t channels, float* points, std::size_t plane);
+
+    // Tiles of 6×6 pixels, 4 apart, -> [36] planes of [tile][channel]: `plane` and `tile_stride` floats apart.
+    void (*transform_input)(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
+                            std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride);
+
+    // m[row][panel] (+)= a[row][depth] · b[depth][panel]. Strides in floats; the last row of b may be read `panel` long.
+    void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
+                     float* m, std::size_t m_stride, bool accumulate);
+
+    // [36] planes of [tile][panel], tiles' rows `tile_row_stride` tiles apart, -> rows × columns pixels.
+    void (*transform_output)(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
+                             const Epilogue&);
+
+    // `pixels` sums of [panel] -> one row of pixels.
+    void (*finish_row)(const float* sums, int pixels, const Epilogue&);
+
+    // Each of `rows` rows of `count` scores -> softmax.
+    void (*softmax)(float* scores, std::size_t stride, std::size_t rows, std::size_t count);
+
+    // x -> y = y + factor·x, `count` floats.
+    void (*add_scaled)(float* y, const float* x, float factor, std::size_t count);
+
+    void (*silu)(float* values, std::size_t count);
+};
+
+// Of the instruction set asked for ("avx2", "avx512", or "auto", the best); null where this processor has it not.
+const Kernels* kernels(const char* name);
+
+}  // namespace sr3

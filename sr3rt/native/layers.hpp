@@ -1,0 +1,132 @@
+// The layers of a network. A layer is built once, with its weights packed, and then only read; what a run needs lies in the `Run`.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.hpp"
+#include "pool.hpp"
+
+namespace sr3 {
+
+struct Free {
+    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{ALIGNMENT}); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+inline Floats floats(std::size_t count) {
+    return Floats(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{ALIGNMENT})));
+}
+
+constexpr std::size_t rounded_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
+
+// A plane's size in floats, at least `count`: an odd number of cache lines, so that equal places of many planes do not all fall
+// into the same few sets of the cache.
+constexpr std::size_t plane_of(std::size_t count) {
+    const std::size_t lines = rounded_up(count, 16) / 16;
+    return 16 * (lines | 1);
+}
+
+// What a register holds of every picture: `channels` of them, padded to whole vectors.
+struct Register {
+    std::size_t channels, padded;
+    bool normed;  // a later layer needs the sums of its channels
+};
+
+// A register in a run. Sums: for each picture and unit (a part of the picture) the channels' sums, then their sums of squares.
+struct View {
+    float* data;
+    int height, width;
+    std::size_t padded;
+    double* sums;
+    std::size_t units;
+
+    std::size_t pixels() const { return static_cast<std::size_t>(height) * width; }
+    float* picture(std::size_t n) const { return data + n * pixels() * padded; }
+    double* picture_sums(std::size_t n) const { return sums + n * units * 2 * padded; }
+};
+
+// The planar arrays that a run is given: pictures of `channels` × height × width, and the levels.
+struct Planar {
+    const float* x;
+    const float* y;
+    const float* level;
+    float* out;
+    std::size_t channels, count;
+    int height, width;
+};
+
+// One run of a network: its registers, and memory that layers may use while they run.
+struct Run {
+    const Kernels& kernels;
+    Pool& pool;
+    const Planar& planar;
+    const std::vector<View>& views;
+    const std::vector<std::vector<float>>& levels;  // of each layer with a level: scale and shift of every picture, channel after channel
+    float* shared;
+    float* own;  // of each thread, `own_size` floats
+    std::size_t own_size;
+};
+
+// Height and width of a register, and the units of its sums.
+struct Extent {
+    int height, width;
+    std::size_t units;
+};
+
+// Floats that a layer needs while it runs: in common, and of each thread.
+struct Scratch {
+    std::size_t shared = 0, own = 0;
+};
+
+class Layer {
+   public:
+    std::vector<int> from;
+    int to = -1;
+
+    virtual ~Layer() = default;
+    virtual Extent extent(const std::vector<Extent>& registers, int height, int width) const = 0;
+    virtual Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const = 0;
+    virtual void run(const Run&) const = 0;
+};
+
+struct Norm {
+    int groups = 0;
+    double eps = 0;
+    std::vector<float> weight, bias;  // of the joined channels, unpadded
+};
+
+// What a convolution is, but for its weights and sources.
+struct ConvolutionOptions {
+    std::vector<int> from;
+    int add = -1;  // register, or none
+    int stride = 1;
+    bool silu = false, after = false;
+    Resample resample = Resample::none;
+    float gain = 1;
+    Norm norm;
+    int level = -1;       // index into Run::levels, or none
+    bool scaled = false;  // the level scales too
+};
+
+// weight: (outputs, joined inputs, side, side), side 1 or 3. bias: `outputs` long, or empty.
+std::unique_ptr<Layer> convolution(const Kernels&, const std::vector<Register>&, ConvolutionOptions, const float* weight,
+                                   std::size_t outputs, int side, std::vector<float> bias);
+
+std::unique_ptr<Layer> attention(const Kernels&, const std::vector<Register>&, int from);
+std::unique_ptr<Layer> resampling(const std::vector<Register>&, int from, Resample);
+
+// x and y as one register of their channels.
+std::unique_ptr<Layer> joined_planes(std::size_t padded);
+// The register as the run's result.
+std::unique_ptr<Layer> result(int from);
+
+// The bands of nets/compact.py: the register that the network sees, and the result from what it makes.
+std::unique_ptr<Layer> to_bands(std::size_t padded, float detail);
+std::unique_ptr<Layer> from_bands(int bands, int from, float detail, float coarse);
+
+}  // namespace sr3

@@ -1,0 +1,89 @@
+// A network as a list of layers over registers: built once, then run on any number of pictures of any size.
+
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "layers.hpp"
+
+namespace sr3 {
+
+// One linear layer, its weights turned so that an input's are side by side.
+struct Linear {
+    std::size_t inputs, outputs;
+    std::vector<float> weight, bias;  // weight[input][output]
+
+    Linear(const float* weight, const float* bias, std::size_t outputs, std::size_t inputs);
+    void operator()(const Kernels&, const float* in, float* out) const;
+};
+
+// What the noise level becomes: v = scale·level, or ½·ln((1-γ)/γ); sines and cosines of v·frequencies; linear layers with SiLU between.
+struct LevelEncoding {
+    bool log_sigma = false, silu = false;
+    float scale = 1;
+    std::vector<float> frequencies;
+    std::vector<Linear> layers;
+
+    std::vector<float> operator()(const Kernels&, float level) const;
+};
+
+class Network {
+   public:
+    Network(const Kernels&, unsigned threads, std::size_t channels, LevelEncoding);
+
+    // Each adds a layer and returns the register that it writes. Raise std::invalid_argument when they do not fit.
+    int joined_planes();  // x and y
+    int to_bands(float detail);
+    int convolution(ConvolutionOptions, const float* weight, std::size_t outputs, std::size_t inputs, int side, std::vector<float> bias,
+                    const Linear* level);
+    int attention(int from);
+    int resampling(int from, Resample by);
+    void result(int from);
+    void from_bands(int bands, int from, float detail, float coarse);
+
+    // Safe to call from several threads: one runs at a time, with all of the network's threads.
+    void run(const Planar&);
+
+    std::size_t channels() const { return channels_; }
+    const Kernels& kernels() const { return kernels_; }
+    std::size_t memory_of(std::size_t count, int height, int width);  // bytes that such a run needs beside the weights
+
+   private:
+    struct Projection {
+        Linear linear;
+        std::vector<float> bias;  // of the convolution, padded
+        std::size_t outputs;
+        bool scaled;
+    };
+    // Where everything lies: offsets into the arena, in floats.
+    struct Plan {
+        std::vector<Extent> extents;
+        std::vector<std::size_t> offsets, sums;
+        std::size_t shared, own, own_size, size;
+    };
+
+    int add(std::unique_ptr<Layer>, std::size_t channels);
+    void add_last(std::unique_ptr<Layer>);
+    const Register& checked(int index) const;
+    std::size_t lanes() const { return static_cast<std::size_t>(kernels_.lanes); }
+    std::size_t register_size(std::size_t index, const Extent&, std::size_t count) const;
+    Plan plan(std::size_t count, int height, int width) const;
+    std::vector<std::vector<float>> levels(const Planar&);
+
+    const Kernels& kernels_;
+    Pool pool_;
+    std::size_t channels_;
+    LevelEncoding encoding_;
+    std::vector<Register> registers_;
+    std::vector<std::unique_ptr<Layer>> layers_;
+    std::vector<std::vector<int>> reads_;  // of each layer, the register added included
+    std::vector<Projection> projections_;
+    std::mutex mutex_;  // guards the rest, and the pool
+    Floats arena_;
+    std::size_t arena_size_ = 0;
+};
+
+}  // namespace sr3

@@ -1,0 +1,172 @@
+// 3×3 convolutions of stride 1, by the transforms of winograd.hpp. See `Winograd::run` for how the work is cut.
+
+#include <algorithm>
+#include <utility>
+
+#include "convolution.hpp"
+
+namespace sr3 {
+namespace {
+
+constexpr int BLOCK_ROWS = 4, BLOCK_COLUMNS = 8;             // tiles of a piece of work
+constexpr std::size_t BLOCK = BLOCK_ROWS * BLOCK_COLUMNS;
+constexpr std::size_t SMALL = 64;                            // tiles of a picture up to which panels, not places, are shared out
+constexpr std::size_t DEPTH = 64;                            // input channels whose weights are transformed at a time
+constexpr std::size_t KEPT = 256 * 128;                      // inputs · outputs up to which transformed weights, four times as large, are kept
+
+int tiles(int pixels) { return (pixels + TILE - 1) / TILE; }
+
+class Winograd final : public Convolution {
+   public:
+    Winograd(const Kernels& kernels, const std::vector<Register>& registers, ConvolutionOptions options, const float* weight,
+             std::size_t outputs, std::vector<float> bias)
+        : Convolution(kernels, registers, std::move(options), outputs, 3, std::move(bias)),
+          panel_(2 * kernels.lanes),
+          depth_(std::min(DEPTH, inputs_)),
+          weights_(packed(kernels, registers, weight)) {
+        tile_stride_ = inputs_ % 256 == 0 ? inputs_ + 16 : inputs_;  // rows 1 KiB apart would share few sets of the cache
+        if (inputs_ * padded_ > KEPT) return;
+        depth_ = inputs_;
+        Floats points = floats(panels() * POINTS * weights_plane());
+        for (std::size_t p = 0; p < panels(); ++p)
+            kernels.transform_weights(weights_.get() + p * inputs_ * 9 * panel_, inputs_, points.get() + p * POINTS * weights_plane(),
+                                      weights_plane());
+        weights_ = std::move(points);
+        kept_ = true;
+    }
+
+    Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
+        const auto [height, width, units] = extent(registers, 0, 0);
+        const std::size_t norms = rounded_up(norms_size(count), 16), weights = kept_ ? 0 : POINTS * weights_plane();
+        const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
+        if (all > SMALL) return {norms, strip() + POINTS * (points_plane(BLOCK) + sums_plane(BLOCK)) + weights};
+        const std::size_t together = all * std::min(count, at_once(all));
+        const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * DEPTH;
+        return {norms + POINTS * points_plane(together), std::max(chunk, POINTS * sums_plane(together) + weights)};
+    }
+
+    // Large pictures are cut into blocks of tiles, each done whole by one thread, transforms and all. Of small ones there are too few
+    // blocks to share out and too many weights to read for each: the input's transforms are made first, then the panels are shared.
+    void run(const Run& run) const override {
+        find_norms(run, run.shared);
+        const View& out = run.views[to];
+        const std::size_t all = static_cast<std::size_t>(tiles(out.height)) * tiles(out.width);
+        if (all > SMALL) {
+            run_blocks(run);
+            return;
+        }
+        for (std::size_t first = 0; first < run.planar.count; first += at_once(all))
+            run_panels(run, first, std::min(run.planar.count - first, at_once(all)));
+    }
+
+   protected:
+    std::size_t units(int height, int width) const override { return tiles(height) * segments(width); }
+
+   private:
+    static std::size_t segments(int width) { return (tiles(width) + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS; }
+    static std::size_t at_once(std::size_t all) { return std::max<std::size_t>(1, SMALL / all); }  // pictures
+    std::size_t weights_plane() const { return plane_of(depth_ * panel_); }
+    std::size_t points_plane(std::size_t count) const { return plane_of(count * tile_stride_); }
+    std::size_t sums_plane(std::size_t count) const { return plane_of(count * panel_); }
+    std::size_t strip() const { return rounded_up((BLOCK_ROWS * TILE + 2) * (BLOCK_COLUMNS * TILE + 2) * inputs_, 16); }
+
+    // The 36 products of a panel: points [tile][input] -> sums [tile][lane].
+    void multiply(const Run& run, std::size_t panel, std::size_t count, const float* points, std::size_t plane, float* sums,
+                  float* transformed) const {
+        for (std::size_t first = 0; first < inputs_; first += depth_) {
+            const std::size_t depth = std::min(depth_, inputs_ - first);
+            const float* weights = weights_.get() + panel * POINTS * weights_plane();
+            if (!kept_) {
+                run.kernels.transform_weights(weights_.get() + (panel * inputs_ + first) * 9 * panel_, depth, transformed, weights_plane());
+                weights = transformed;
+            }
+            for (int point = 0; point < POINTS; ++point)
+                run.kernels.multiply(count, depth, points + point * plane + first, tile_stride_, weights + point * weights_plane(),
+                                     panel_, sums + point * sums_plane(count), panel_, first > 0);
+        }
+    }
+
+    void run_blocks(const Run& run) const {
+        const View& out = run.views[to];
+        const std::size_t down = (tiles(out.height) + BLOCK_ROWS - 1) / BLOCK_ROWS, across = segments(out.width);
+        const float* norms = run.shared;
+        run.pool.run(run.planar.count * down * across, [&](std::size_t piece, unsigned thread) {
+            const int column = static_cast<int>(piece % across) * BLOCK_COLUMNS;
+            const int row = static_cast<int>(piece / across % down) * BLOCK_ROWS;
+            block(run, piece / across / down, row, column, norms, run.own + thread * run.own_size);
+        });
+    }
+
+    void block(const Run& run, std::size_t picture, int row, int column, const float* norms, float* own) const {
+        const View& out = run.views[to];
+        const int rows = std::min(BLOCK_ROWS, tiles(out.height) - row), columns = std::min(BLOCK_COLUMNS, tiles(out.width) - column);
+        const std::size_t count = static_cast<std::size_t>(rows) * columns, plane = points_plane(count);
+        float *points = own + strip(), *sums = points + POINTS * plane, *transformed = sums + POINTS * sums_plane(count);
+        const int top = row * TILE - 1, left = column * TILE - 1, high = rows * TILE + 2, wide = columns * TILE + 2;
+        const Input in = input(run, picture, norms);
+        if (plain() && top >= 0 && left >= 0 && top + high <= out.height && left + wide <= out.width) {
+            const std::size_t pixel = in.sources[0].channels, line = pixel * out.width;
+            run.kernels.transform_input(in.sources[0].data + top * line + left * pixel, line, pixel, rows, columns, inputs_, points, plane,
+                                        tile_stride_);
+        } else {
+            run.kernels.fill(in, top, left, high, wide, 0, inputs_, own);
+            run.kernels.transform_input(own, wide * inputs_, inputs_, rows, columns, inputs_, points, plane, tile_stride_);
+        }
+        for (std::size_t panel = 0; panel < panels(); ++panel) {
+            multiply(run, panel, count, points, plane, sums, transformed);
+            write(run, picture, panel, row, column, rows, columns, sums, sums_plane(count), columns);
+        }
+    }
+
+    // Tiles of one segment, their sums [tile][lane] with rows of tiles `tile_row_stride` apart, to the output.
+    void write(const Run& run, std::size_t picture, std::size_t panel, int row, int column, int rows, int columns, const float* sums,
+               std::size_t plane, std::size_t tile_row_stride) const {
+        const View& out = run.views[to];
+        Epilogue end = epilogue(run, picture, panel);
+        const std::size_t at = TILE * (row * end.row_stride + column * end.pixel_stride), across = segments(out.width);
+        end.out += at;
+        if (end.add != nullptr) end.add += at;
+        end.unit_stride = across * 2 * out.padded;
+        if (end.sums != nullptr) end.sums += row * end.unit_stride + column / BLOCK_COLUMNS * 2 * out.padded;
+        run.kernels.transform_output(sums, plane, tile_row_stride, std::min(rows * TILE, out.height - row * TILE),
+                                     std::min(columns * TILE, out.width - column * TILE), end);
+    }
+
+    void run_panels(const Run& run, std::size_t first, std::size_t pictures) const {
+        const View& out = run.views[to];
+        const int down = tiles(out.height), across = tiles(out.width);
+        const std::size_t all = static_cast<std::size_t>(down) * across, count = all * pictures, plane = points_plane(count);
+        const std::size_t chunks = (inputs_ + DEPTH - 1) / DEPTH;
+        const float* norms = run.shared;
+        float* points = run.shared + rounded_up(norms_size(run.planar.count), 16);
+        run.pool.run(pictures * chunks, [&](std::size_t piece, unsigned thread) {
+            const std::size_t picture = piece / chunks, begin = piece % chunks * DEPTH, end = std::min(inputs_, begin + DEPTH);
+            float* own = run.own + thread * run.own_size;
+            const int wide = across * TILE + 2;
+            run.kernels.fill(input(run, first + picture, norms), -1, -1, down * TILE + 2, wide, begin, end, own);
+            run.kernels.transform_input(own, wide * (end - begin), end - begin, down, across, end - begin,
+                                        points + picture * all * tile_stride_ + begin, plane, tile_stride_);
+        });
+        run.pool.run(panels(), [&](std::size_t panel, unsigned thread) {
+            float *sums = run.own + thread * run.own_size, *transformed = sums + POINTS * sums_plane(count);
+            multiply(run, panel, count, points, plane, sums, transformed);
+            for (std::size_t picture = 0; picture < pictures; ++picture)
+                for (int column = 0; column < across; column += BLOCK_COLUMNS)
+                    write(run, first + picture, panel, 0, column, down, std::min(BLOCK_COLUMNS, across - column),
+                          sums + (picture * all + column) * panel_, sums_plane(count), across);
+        });
+    }
+
+    std::size_t panel_, depth_, tile_stride_;  // depth_: inputs that are multiplied at a time
+    Floats weights_;                           // packed, or, where kept_, their transforms: [panel][36 planes of [input][lane]]
+    bool kept_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<Layer> winograd(const Kernels& kernels, const std::vector<Register>& registers, ConvolutionOptions options,
+                                const float* weight, std::size_t outputs, std::vector<float> bias) {
+    return std::make_unique<Winograd>(kernels, registers, std::move(options), weight, outputs, std::move(bias));
+}
+
+}  // namespace sr3
