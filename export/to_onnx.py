@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import torch
@@ -51,6 +51,9 @@ from sr3rt.export import footprint, parity, program
 from sr3rt.export.progress import progress_line
 from sr3rt.samplers import Sampler
 from sr3rt.schedule import ScheduleSpec
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OPSET = 21
 INSIDE = 1024  # bytes below which the graph keeps its own copy of a weight
@@ -129,15 +132,17 @@ def _check_packages() -> None:
 
 def write_network(net: nn.Module, folder: Path) -> None:
     """weights.safetensors, network.json and network.onnx of `net(x, y, level)`, one of export/nets."""
+    import onnx_ir
+
     tensors = {name: value.detach() for name, value in (*net.named_parameters(), *net.named_buffers())}
     safetensors.write(folder / WEIGHTS, {name: value.numpy() for name, value in tensors.items()})
     (folder / PROGRAM).write_text(program.dumps(program.describe(net)), encoding="utf-8")
-    graph = _traced(net)
-    _share_weights(graph, tensors, folder / WEIGHTS)
-    graph.save(folder / NETWORK)
+    model = _traced(net)
+    _share_weights(model, tensors, folder / WEIGHTS)
+    onnx_ir.save(model, folder / NETWORK)
 
 
-def _traced(net: nn.Module) -> torch.onnx.ONNXProgram:
+def _traced(net: nn.Module) -> onnx_ir.Model:
     """The graph, with free batch, height and width."""
     stride, channels = net.config.stride, net.config.channels  # type: ignore[union-attr]
     side = int(2 * stride)  # type: ignore[operator]
@@ -158,28 +163,28 @@ def _traced(net: nn.Module) -> torch.onnx.ONNXProgram:
     assert traced is not None
     for node in traced.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of the machine that exported
-    return traced
+    return traced.model
 
 
-def _share_weights(graph: torch.onnx.ONNXProgram, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _share_weights(model: onnx_ir.Model, tensors: Mapping[str, Tensor], path: Path) -> None:
     """The graph's large weights become places in the file at `path`, which holds `tensors`; what it folded or changed stays inside.
 
     The file's SHA-256 is put into the graph, whose own then stands for both.
     """
-    import onnx_ir as ir
+    import onnx_ir
 
     with path.open("rb") as stream:
         digest, weights = hashlib.file_digest(stream, "sha256").hexdigest(), safetensors.Weights(stream)
-    for name, value in graph.model.graph.initializers.items():
+    for name, value in model.graph.initializers.items():
         inside = value.const_value
         if inside is None or inside.nbytes < INSIDE or name not in weights or not np.array_equal(inside.numpy(), tensors[name].numpy()):
             continue
         place = weights.place(name)
-        shape = ir.Shape(place.shape)
-        value.const_value = ir.ExternalTensor(
-            path.name, place.offset, place.length, ir.DataType.FLOAT, shape=shape, name=name, base_dir=path.parent
+        shape = onnx_ir.Shape(place.shape)
+        value.const_value = onnx_ir.ExternalTensor(
+            path.name, place.offset, place.length, onnx_ir.DataType.FLOAT, shape=shape, name=name, base_dir=path.parent
         )
-    graph.model.metadata_props["weights_sha256"] = digest
+    model.metadata_props["weights_sha256"] = digest
 
 
 def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sampler: str | None, consistency: Consistency) -> Manifest:

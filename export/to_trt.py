@@ -25,7 +25,7 @@ from cyclopts import App, Parameter
 from sr3rt import __version__, backends
 from sr3rt.bundle import HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, write_manifest, writing
 from sr3rt.engines import EngineKey
-from sr3rt.errors import BackendError, OptionError
+from sr3rt.errors import BackendError, BundleCorrupt, OptionError
 from sr3rt.export import builder, parity
 from sr3rt.export.precision import half
 from sr3rt.export.progress import Progress, progress_line
@@ -127,9 +127,9 @@ def _export(source: Path, target: Path, **options: Any) -> None:
 def _with_half(bundle: Bundle, folder: Path, shapes: Sequence[Shape], progress: Progress) -> Manifest:
     """Write network.fp16.onnx to `folder` and compare it with the float32 network. Returns the manifest with the figures."""
     progress("converting the network to float16")
-    beside = next((name for name in (WEIGHTS, WEIGHTS_BEFORE) if name in bundle.manifest.files), None)
-    external = bundle.read(beside) if beside else b""
-    graph = half(onnx.load_from_string(bundle.read(NETWORK)), external)
+    model = onnx.load_from_string(bundle.read(NETWORK))
+    beside = _beside(model)
+    graph = half(model, bundle.read(beside) if beside else b"")
     (folder / HALF).write_bytes(graph.SerializeToString())
     write_manifest(folder, replace(bundle.manifest, engines={}))
     reference = backends.load(bundle, backends.Request("onnxruntime"))
@@ -138,6 +138,15 @@ def _with_half(bundle: Bundle, folder: Path, shapes: Sequence[Shape], progress: 
         reference, converted, bundle.manifest, limits=LIMITS, shapes=shapes, against="the float32 network", progress=progress
     )
     return replace(bundle.manifest, parity={**bundle.manifest.parity, "fp16 net": figures["net"], "fp16 picture": figures["picture"]})
+
+
+def _beside(model: onnx.ModelProto) -> str | None:
+    """The bundle's file that the graph's weights are in, or None. Raises BundleCorrupt for a file that no bundle has."""
+    tensors = (*model.graph.initializer, *(attribute.t for node in model.graph.node for attribute in node.attribute))
+    found = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    if len(found) > 1 or found - {WEIGHTS, WEIGHTS_BEFORE}:
+        raise BundleCorrupt(f"{NETWORK} takes weights from {', '.join(sorted(found))}, expected {WEIGHTS}: export the bundle again")
+    return found.pop() if found else None
 
 
 def _kept(manifest: Manifest, folder: Path) -> dict[str, dict[str, Any]]:
@@ -164,6 +173,7 @@ def _build(
 ) -> dict[str, dict[str, Any]]:
     """Engines for `shapes` in `folder`, by file name; those that are there already are not built again."""
     graph = folder / (HALF if precision == "fp16" else NETWORK)
+    _beside(onnx.load(graph, load_external_data=False))
     digest, (capability, driver) = _digest(graph), builder.target()
     engines = {}
     for i, (batch, height, width) in enumerate(shapes):

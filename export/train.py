@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from sr3rt.bundle import Bundle
+from sr3rt.bundle import WEIGHTS, Bundle
 from sr3rt.errors import OptionError
 from sr3rt.export.nets.compact import COARSE, DETAIL, CompactConfig, CompactUNet, bands
+from sr3rt.safetensors import Weights
 
 SCALE = 4
 TYPICAL = 0.002  # median over crops of the energy of x's details at half resolution
@@ -179,11 +180,8 @@ def write_weights(run: Run, gammas: NDArray[np.float64], out: Path) -> None:
 def from_file(path: Path) -> CompactUNet:
     """The network of this script's safetensors file, or of the bundle that `export/to_onnx.py` made from one."""
     if path.is_dir():
-        import onnx
-        from onnx import numpy_helper
-
-        graph = onnx.load_from_string(Bundle.open(path).read("network.onnx")).graph  # whose initialisers carry the tensors' names
-        found = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+        with Bundle.open(path).open_file(WEIGHTS) as stream:
+            found = {name: torch.from_numpy(values) for name, values in Weights(stream).items()}
     else:
         found = load_file(path)
     net = CompactUNet(CompactConfig())

@@ -95,12 +95,13 @@ def test_a_flipped_bit_in_any_byte_of_the_manifest_is_refused(bundle: Path) -> N
 
 
 @pytest.mark.usefixtures("no_session")
-@pytest.mark.parametrize("name", ["network.onnx", "network.onnx.data", "notes.txt"])
+@pytest.mark.parametrize("name", ["network.onnx", "weights.safetensors", "network.onnx.data", "notes.txt"])
 def test_a_flipped_bit_of_any_file_is_refused_before_onnxruntime_sees_it(tmp_path: Path, name: str) -> None:
     rng = random.Random(name)
     with writing(tmp_path / "b") as target:
         shutil.copy(tiny.NETWORK, target / "network.onnx")
-        (target / "network.onnx.data").write_bytes(rng.randbytes(5000))
+        for weights in ("weights.safetensors", "network.onnx.data"):
+            (target / weights).write_bytes(rng.randbytes(5000))
         (target / "notes.txt").write_bytes(b"hello")
         write_manifest(target, tiny.manifest())
     path = tmp_path / "b" / name
@@ -160,6 +161,22 @@ def test_a_manifest_cannot_name_a_file_outside(bundle: Path, name: str) -> None:
 def test_a_file_that_is_not_listed_is_not_read(bundle: Path) -> None:
     with pytest.raises(BundleCorrupt, match=r"lists no '\.\./x': it has network.onnx"):
         Bundle.open(bundle).read("../x")
+
+
+def test_an_opened_file_was_checked_and_stays_the_one_that_was_checked(bundle: Path) -> None:
+    path = bundle / "network.onnx"
+    good = path.read_bytes()
+    with Bundle.open(bundle).open_file("network.onnx") as stream:
+        path.unlink()
+        path.write_bytes(b"other")
+        assert stream.read() == good
+    opened = Bundle.open(bundle)
+    for data, words in ((b"other", "it has 5 bytes"), (bytes(len(good)), "its SHA-256 is")):
+        path.write_bytes(data)
+        with pytest.raises(BundleCorrupt, match=words):
+            opened.open_file("network.onnx")
+    with pytest.raises(BundleCorrupt, match="lists no"):
+        opened.open_file("../x")
 
 
 def test_a_newer_format_is_told_from_damage(bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +25,11 @@ onnx = pytest.importorskip("onnx")
 safetensors = pytest.importorskip("safetensors.torch")
 
 from sr3rt.backends import Request, load  # noqa: E402
-from sr3rt.bundle import Bundle, write_manifest, writing  # noqa: E402
+from sr3rt.bundle import NETWORK, PROGRAM, WEIGHTS, WEIGHTS_BEFORE, Bundle, write_manifest, writing  # noqa: E402
 from sr3rt.errors import BackendError, CheckpointError, MissingExtra, OptionError, ParityError  # noqa: E402
 from sr3rt.export import footprint, to_onnx  # noqa: E402
 from sr3rt.export.nets.paper import PaperConfig, PaperUNet  # noqa: E402
+from sr3rt.export.recognise import BUFFERS  # noqa: E402
 
 Exported = Callable[[str], Path]
 CHECKPOINT = GOLDEN / "sr3_a" / "I10_E1_gen.pth"
@@ -34,15 +37,20 @@ CONFIG = GOLDEN / "sr3_a" / "config.json"
 
 
 @pytest.fixture(scope="module")
-def graph(exported: Exported) -> Path:
-    """The ONNX file that belongs to CHECKPOINT."""
-    return exported("sr3_a") / "network.onnx"
+def ready(exported: Exported) -> Path:
+    """The bundle that belongs to CHECKPOINT."""
+    return exported("sr3_a")
 
 
 @pytest.fixture
-def ready_graph(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def ready_network(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing, which takes nearly all of an export's time, is replaced by its result."""
-    monkeypatch.setattr(to_onnx, "write_onnx", lambda net, path: shutil.copy(graph, path))
+    monkeypatch.setattr(to_onnx, "write_network", lambda net, folder: copy_network(ready, folder))
+
+
+def copy_network(bundle: Path, folder: Path) -> None:
+    for name in (WEIGHTS, PROGRAM, NETWORK):
+        shutil.copy(bundle / name, folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,7 @@ def run_export(target: Path, *, overwrite: bool = False) -> Path:
 def test_bundle_verifies_and_says_what_it_was_measured_at(exported: Exported) -> None:
     bundle = Bundle.open(exported("sr3_a"))
     bundle.verify()
-    assert set(bundle.manifest.files) == {"network.onnx"}
+    assert set(bundle.manifest.files) == {"weights.safetensors", "network.json", "network.onnx"}
     net, picture = bundle.manifest.parity["net"], bundle.manifest.parity["picture"]
     shapes = [tuple(row["shape"]) for row in net["rows"]]
     assert len({row["t"] for row in net["rows"]}) >= 5
@@ -90,8 +98,8 @@ def test_manifest_says_what_the_checkpoint_and_its_config_say(exported: Exported
     assert 100 < manifest.bytes_per_pixel < 10_000  # 16 channels of float32 take 64 bytes, and a dozen such arrays are alive
 
 
-def test_graph_is_opset_21_with_free_batch_height_and_width(graph: Path) -> None:
-    model = onnx.load(graph)
+def test_graph_is_opset_21_with_free_batch_height_and_width(ready: Path) -> None:
+    model = onnx.load(ready / NETWORK)
     assert [(entry.domain, entry.version) for entry in model.opset_import if entry.domain == ""] == [("", 21)]
     assert [value.name for value in model.graph.input] == ["x", "y", "level"]
     assert [value.name for value in model.graph.output] == ["out"]
@@ -102,8 +110,8 @@ def test_graph_is_opset_21_with_free_batch_height_and_width(graph: Path) -> None
         assert fixed == ([0, 1] if value.name == "level" else [0, 3, 0, 0])
 
 
-def test_graph_tells_nothing_of_the_machine_that_made_it(graph: Path) -> None:
-    model = onnx.load(graph)
+def test_graph_tells_nothing_of_the_machine_that_made_it(ready: Path) -> None:
+    model = onnx.load(ready / NETWORK)
     for tensor in model.graph.initializer:
         tensor.ClearField("raw_data")  # any bytes may be among the weights
     data = model.SerializeToString()
@@ -111,22 +119,64 @@ def test_graph_tells_nothing_of_the_machine_that_made_it(graph: Path) -> None:
         assert secret.encode() not in data
 
 
-def test_weights_beyond_the_limit_go_to_a_file_of_their_own(paper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is lowered; the bundle's files are loaded from memory, whatever the working directory."""
-    monkeypatch.setattr(to_onnx, "EXTERNAL", 0)
-    bundle = Bundle.open(to_onnx.export(paper, output=tmp_path / "b"))
+def test_weights_are_the_checkpoints_for_any_reader_of_safetensors(ready: Path) -> None:
+    found = safetensors.load_file(ready / WEIGHTS)
+    expected = {name.removeprefix("denoise_fn."): value for name, value in torch.load(CHECKPOINT, weights_only=True).items()}
+    net = {name: value for name, value in expected.items() if name not in BUFFERS}
+    assert set(found) - set(net) == {"noise_level_mlp.0.frequencies"}  # which no checkpoint holds
+    assert all(torch.equal(found[name], value) for name, value in net.items())
+
+
+def test_weights_are_stored_once(ready: Path) -> None:
+    bundle, model = Bundle.open(ready), onnx.load(ready / NETWORK, load_external_data=False)
+    outside = [item for item in model.graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
+    assert {entry.value for item in outside for entry in item.external_data if entry.key == "location"} == {WEIGHTS}
+    assert max(len(item.raw_data) for item in model.graph.initializer) < 1024
+    assert sum(entry["bytes"] for entry in bundle.manifest.files.values()) < 1.1 * 4 * bundle.manifest.parameters
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"weights_sha256": bundle.manifest.files[WEIGHTS]["sha256"]}
+
+
+def test_the_same_network_gives_the_same_bytes(paper: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        to_onnx.write_network(to_onnx.checkpoints.read(paper).net, tmp_path / name)
+    for name in (WEIGHTS, PROGRAM, NETWORK):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def predicted(bundle: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """By onnxruntime, of fixed noise."""
+    x, y = np.random.default_rng(0).standard_normal((2, 2, 3, 8, 12), np.float32)
+    out = np.empty_like(y)
+    load(Bundle.open(bundle), Request("onnxruntime")).bind(x, y, np.array([[0.9], [0.1]], np.float32), out)()
+    return out
+
+
+def test_bundles_load_whatever_the_working_directory_and_so_do_those_from_before(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, weights were in network.onnx, or in network.onnx.data."""
+    model, manifest = onnx.load(ready / NETWORK), Bundle.open(ready).manifest
+    for name, options in {"inside": {}, "beside": {"save_as_external_data": True, "location": WEIGHTS_BEFORE}}.items():
+        (tmp_path / name).mkdir()
+        onnx.save(copy.deepcopy(model), tmp_path / name / NETWORK, **options)
+        write_manifest(tmp_path / name, manifest)
     monkeypatch.chdir("/")
-    assert set(bundle.manifest.files) == {"network.onnx", "network.onnx.data"}
-    assert bundle.manifest.files["network.onnx.data"]["bytes"] >= 4 * 0.9 * bundle.manifest.parameters
-    net = to_onnx.checkpoints.read(paper).net
-    x, y = np.random.default_rng(0).standard_normal((2, 2, 3, 8, 6), np.float32)
-    level, out = np.array([[0.9], [0.1]], np.float32), np.empty_like(y)
-    load(bundle, Request()).bind(x, y, level, out)()
-    with torch.inference_mode():
-        assert out == pytest.approx(net(*map(torch.from_numpy, (x, y, level))).numpy(), abs=1e-5)
+    assert set(Bundle.open(tmp_path / "beside").manifest.files) == {NETWORK, WEIGHTS_BEFORE}
+    for name in ("inside", "beside"):
+        assert np.array_equal(predicted(tmp_path / name), predicted(ready))
 
 
-@pytest.mark.usefixtures("ready_graph")
+def test_onnxruntime_and_onnx_read_the_graph_from_the_folder_too(ready: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx.checker.check_model(ready / NETWORK)
+    x, y = np.random.default_rng(0).standard_normal((2, 2, 3, 8, 12), np.float32)
+    session = onnxruntime.InferenceSession(ready / NETWORK, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"x": x, "y": y, "level": np.array([[0.9], [0.1]], np.float32)})
+    assert out == pytest.approx(predicted(ready), abs=1e-6)
+
+
+@pytest.mark.usefixtures("ready_network")
 def test_a_large_network_is_tried_at_every_level_and_every_shape_but_not_at_all_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,21 +190,21 @@ def test_a_large_network_is_tried_at_every_level_and_every_shape_but_not_at_all_
 # --- what is refused
 
 
-@pytest.mark.usefixtures("ready_graph")
-def test_a_graph_that_does_not_match_is_refused_and_leaves_nothing(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("ready_network")
+def test_a_graph_that_does_not_match_is_refused_and_leaves_nothing(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight of the last convolution is off by a hundredth of the largest."""
-    model = onnx.load(graph)
+    model = onnx.load(ready / NETWORK)
     (last,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith("final_conv.block.3.weight")]
     weights = onnx.numpy_helper.to_array(last).copy()
     weights.flat[0] += 0.01 * np.abs(weights).max()
     last.CopyFrom(onnx.numpy_helper.from_array(weights, last.name))
-    monkeypatch.setattr(to_onnx, "write_onnx", lambda net, path: onnx.save(model, path))
+    monkeypatch.setattr(to_onnx, "write_network", lambda net, folder: onnx.save(model, folder / NETWORK))
     with pytest.raises(ParityError, match=r"differs from eager float32 PyTorch by .* at timestep .*; expected at most 2e-05. Nothing"):
         run_export(tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("ready_graph")
+@pytest.mark.usefixtures("ready_network")
 def test_a_run_that_drifts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(to_onnx.parity.Limits, "__init__", lambda self: self.__dict__.update(net=1.0, picture=1e-9))
     with pytest.raises(ParityError, match=r"after 10 steps .* expected at most 1e-09"):
@@ -162,8 +212,8 @@ def test_a_run_that_drifts_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("ready_graph")
-def test_a_failed_export_leaves_the_bundle_that_it_was_to_replace(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("ready_network")
+def test_a_failed_export_leaves_the_bundle_that_it_was_to_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = Bundle.open(tiny.write(tmp_path / "b")).sha256
 
     def refuse(*_: object) -> int:
@@ -215,32 +265,49 @@ def test_a_graph_cannot_pull_in_files_that_were_not_checked(location: str, tmp_p
     for key, value in (("location", location.format(absolute=tmp_path / "secret")), ("length", "4")):
         share.external_data.add(key=key, value=value)
     with writing(tmp_path / "b") as folder:
-        (folder / "network.onnx").write_bytes(model.SerializeToString())
+        (folder / NETWORK).write_bytes(model.SerializeToString())
         write_manifest(folder, tiny.manifest())
     monkeypatch.chdir(tmp_path / "work")
     with pytest.raises(BackendError, match="cannot load"):
-        load(Bundle.open(tmp_path / "b"), Request())
+        load(Bundle.open(tmp_path / "b"), Request("onnxruntime"))
+
+
+@pytest.mark.parametrize(("offset", "length"), [("0", "8"), ("4", "4"), ("4000000000", "4")])
+def test_a_graph_cannot_reach_beyond_its_weights(offset: str, length: str, tmp_path: Path) -> None:
+    model = onnx.load(tiny.NETWORK)
+    share = model.graph.initializer[0]
+    share.ClearField("float_data")
+    share.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
+        share.external_data.add(key=key, value=value)
+    with writing(tmp_path / "b") as folder:
+        (folder / NETWORK).write_bytes(model.SerializeToString())
+        (folder / WEIGHTS).write_bytes(bytes(4))
+        write_manifest(folder, tiny.manifest())
+    with pytest.raises(BackendError, match="cannot load"):
+        load(Bundle.open(tmp_path / "b"), Request("onnxruntime"))
 
 
 # --- kill -9
 
 
-def test_a_killed_export_leaves_a_whole_bundle_or_none(graph: Path, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_a_whole_bundle_or_none(ready: Path, tmp_path: Path) -> None:
     """SIGKILL at moments spread over an export's time, half of them while it is to replace a bundle.
 
-    By default a few, of an export whose graph is ready, so that most of its time goes into what is written and checked.
+    By default a few, of an export whose network is ready, so that most of its time goes into what is written and checked.
     SR3RT_KILLS=50 kills as many whole exports.
     """
     kills = int(os.environ.get("SR3RT_KILLS", "0"))
-    ready = "import sys, shutil; graph = sys.argv.pop(); import sr3rt.export.to_onnx as exporter; "
-    ready += "exporter.write_onnx = lambda net, path: shutil.copy(graph, path); "
-    code = ("import sys; sys.argv.pop(); " if kills else ready) + "from sr3rt.cli import main; main()"
+    shortcut = "import sys; from pathlib import Path; import sr3rt.export.to_onnx as exporter; import test_export; "
+    shortcut += "ready = Path(sys.argv.pop()); exporter.write_network = lambda net, folder: test_export.copy_network(ready, folder); "
+    code = ("import sys; sys.argv.pop(); " if kills else shortcut) + "from sr3rt.cli import main; main()"
     folder = tmp_path / "out"
     target = folder / "b"
-    arguments = ["export", CHECKPOINT, "--config", CONFIG, "-o", target, "--overwrite", graph]
+    arguments = ["export", CHECKPOINT, "--config", CONFIG, "-o", target, "--overwrite", ready]
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def to_the_end() -> None:
         with start() as process:

@@ -50,7 +50,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def scaled(bundle: Path, factor: float) -> None:
-    """Multiply the weights of the convolutions by `factor`."""
+    """Multiply the weights of the convolutions by `factor`; the graph then holds them itself, as graphs did before."""
     model = onnx.load(bundle / "network.onnx")
     convolutions = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     for item in model.graph.initializer:
@@ -89,12 +89,12 @@ def test_engines_of_both_precisions_are_built_into_the_bundle(name: str, exporte
 def test_the_papers_networks_are_read_and_built_at_reduced_width(preset: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from sr3rt.export.nets.paper import PRESETS, PaperUNet
-    from sr3rt.export.to_onnx import write_onnx
+    from sr3rt.export.to_onnx import write_network
 
     config = replace(PRESETS[preset], width=4, norm_groups=2, blocks=1)
     torch.manual_seed(0)
-    write_onnx(PaperUNet(config), tmp_path / "n.onnx")
-    model = half(onnx.load(tmp_path / "n.onnx")).SerializeToString()
+    write_network(PaperUNet(config), tmp_path)
+    model = half(onnx.load(tmp_path / "network.onnx")).SerializeToString()
     assert len(builder.build(model, batch=1, height=config.stride, width=config.stride, tf32=False)) > 100_000
 
 
@@ -250,6 +250,18 @@ def test_tensorrt_proper_says_that_it_needs_a_gpu(monkeypatch: pytest.MonkeyPatc
 def test_what_tensorrt_cannot_read_is_said_in_its_words() -> None:
     with pytest.raises(BackendError, match=r"tensorrt_rtx [\d.]+ cannot read the network: .+"):
         builder.build(b"no network", batch=1, height=32, width=32, tf32=False)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_graph_that_takes_weights_from_elsewhere_is_refused(precision: Any, bundle: Path) -> None:
+    model, manifest = onnx.load(bundle / "network.onnx", load_external_data=False), Bundle.open(bundle).manifest
+    weight = next(item for item in model.graph.initializer if item.external_data)
+    (place,) = (entry for entry in weight.external_data if entry.key == "location")
+    place.value = "../weights"
+    (bundle / "network.onnx").write_bytes(model.SerializeToString())
+    write_manifest(bundle, manifest)
+    with pytest.raises(BundleCorrupt, match=r"takes weights from \.\./weights, weights\.safetensors, expected weights\.safetensors"):
+        to_trt(bundle, size="32", precision=precision)
 
 
 @pytest.mark.parametrize(
