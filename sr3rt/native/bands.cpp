@@ -119,7 +119,9 @@ class ToBands final : public Bands {
    public:
     ToBands(std::size_t padded, float detail) : padded_(padded), detail_(detail) {}
 
-    Extent extent(const std::vector<Extent>&, int height, int width) const override { return {height / 2, width / 2, 0}; }
+    Extent extent(const std::vector<Extent>&, int height, int width) const override {
+        return height % 2 == 0 && width % 2 == 0 ? Extent{height / 2, width / 2, 0} : Extent{};
+    }
     Scratch scratch(const std::vector<Extent>& registers, std::size_t) const override { return rows(2 * registers[to].width); }
 
     void run(const Run& run) const override {

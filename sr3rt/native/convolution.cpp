@@ -92,6 +92,7 @@ Input Convolution::input(const Run& run, std::size_t picture, const float* norms
     const bool up = options_.resample == Resample::up, down = options_.resample == Resample::down;
     input.height = up ? first.height * 2 : down ? first.height / 2 : first.height;
     input.width = up ? first.width * 2 : down ? first.width / 2 : first.width;
+    input.source_width = first.width;
     const float* scale = options_.norm.groups == 0 ? nullptr : norms + 2 * picture * inputs_;
     for (int s = 0; s < input.count; ++s) {
         const View& view = run.views[from[s]];

@@ -14,27 +14,26 @@
 namespace sr3 {
 namespace {
 
-// One row of the input at the layer's resolution before resampling.
-struct Row {
+// The input before resampling.
+struct Activation {
     const Input& input;
-    int width;  // of the sources
 
     // Pixels [column, column+columns) of source row `row`, channels [first, last), activated, `step` pixels apart in out.
-    void activated(int row, int column, int columns, std::size_t first, std::size_t last, float* out, std::size_t pixel) const {
+    void run(int row, int column, int columns, std::size_t first, std::size_t last, float* out, std::size_t pixel) const {
         std::size_t begin = 0;
         for (int s = 0; s < input.count; ++s) {
             const Source& source = input.sources[s];
             const std::size_t from = std::max(first, begin), to = std::min(last, begin + source.channels);
             for (int x = 0; x < columns && from < to; ++x) {
-                const std::size_t at = static_cast<std::size_t>(row) * width + column + x;
+                const std::size_t at = static_cast<std::size_t>(row) * input.source_width + column + x;
                 const float* in = source.data + at * source.channels + (from - begin);
-                run(source, in, from - begin, to - from, out + x * pixel + (from - first));
+                activate(source, in, from - begin, to - from, out + x * pixel + (from - first));
             }
             begin += source.channels;
         }
     }
 
-    void run(const Source& source, const float* in, std::size_t channel, std::size_t count, float* out) const {
+    void activate(const Source& source, const float* in, std::size_t channel, std::size_t count, float* out) const {
         if (source.scale == nullptr && !input.silu) {
             std::memcpy(out, in, count * sizeof(float));
             return;
@@ -50,28 +49,27 @@ struct Row {
 // One pixel row of `fill` inside the picture: columns [begin, end) of it, `out` at column begin.
 void fill_row(const Input& input, int row, int begin, int end, std::size_t first, std::size_t last, float* out) {
     const std::size_t pixel = last - first;
+    const Activation source{input};
     if (input.resample == Resample::none) {
-        Row{input, input.width}.activated(row, begin, end - begin, first, last, out, pixel);
+        source.run(row, begin, end - begin, first, last, out, pixel);
         return;
     }
     if (input.resample == Resample::up) {
-        const Row source{input, input.width / 2};
         for (int x = begin; x < end; ++x) {
             float* to = out + (x - begin) * pixel;
             if (x > begin && x % 2 != 0) {
                 std::memcpy(to, to - pixel, pixel * sizeof(float));
             } else {
-                source.activated(row / 2, x / 2, 1, first, last, to, pixel);
+                source.run(row / 2, x / 2, 1, first, last, to, pixel);
             }
         }
         return;
     }
-    const Row source{input, input.width * 2};
     float four[4 * LANES];
     for (int x = begin; x < end; ++x)
         for (std::size_t channel = first; channel < last; channel += LANES) {
-            source.activated(2 * row, 2 * x, 2, channel, channel + LANES, four, LANES);
-            source.activated(2 * row + 1, 2 * x, 2, channel, channel + LANES, four + 2 * LANES, LANES);
+            source.run(2 * row, 2 * x, 2, channel, channel + LANES, four, LANES);
+            source.run(2 * row + 1, 2 * x, 2, channel, channel + LANES, four + 2 * LANES, LANES);
             const Vec mean = 0.25f * ((load(four) + load(four + LANES)) + (load(four + 2 * LANES) + load(four + 3 * LANES)));
             store(out + (x - begin) * pixel + (channel - first), mean);
         }
@@ -172,13 +170,6 @@ void finishing(const Epilogue& end, const Body& body) {
     end.scale != nullptr ? activated.template operator()<true>() : activated.template operator()<false>();
 }
 
-void add_sums(const Epilogue& end, double* unit, int half, Vec sum, Vec squares) {
-    for (int lane = 0; lane < LANES; ++lane) {
-        unit[half * LANES + lane] += static_cast<double>(sum[lane]);
-        unit[half * LANES + lane + end.sums_stride] += static_cast<double>(squares[lane]);
-    }
-}
-
 void transform_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
                       const Epilogue& end) {
     finishing(end, [&](const auto& finish) {
@@ -188,7 +179,8 @@ void transform_output(const float* points, std::size_t plane, std::size_t tile_r
                 const std::size_t corner = top * end.row_stride + left * end.pixel_stride;
                 const int height = std::min(TILE, rows - top), width = std::min(TILE, columns - left);
                 for (int half = 0; half < end.vectors; ++half) {
-                    Vec lines[24], sum{}, squares{};
+                    Vec lines[24];
+                    Sums sums;
                     for (int x = 0; x < 6; ++x) {
                         Vec m[6];
                         for (int y = 0; y < 6; ++y) m[y] = load(from + (6 * y + x) * plane + half * LANES);
@@ -199,29 +191,29 @@ void transform_output(const float* points, std::size_t plane, std::size_t tile_r
                         output_line(lines + 6 * y, 1, out, 1);
                         for (int x = 0; x < width; ++x) {
                             const Vec v = finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half);
-                            sum += v;
-                            squares += v * v;
+                            if (end.sums != nullptr) sums.add(v);
                         }
                     }
-                    if (end.sums != nullptr) add_sums(end, end.sums + top / TILE * end.unit_stride, half, sum, squares);
+                    if (end.sums == nullptr) continue;
+                    double* unit = end.sums + top / TILE * end.unit_stride + half * LANES;
+                    sums.add_to(unit, unit + end.sums_stride);
                 }
             }
     });
 }
 
-void finish_row(const float* sums, int pixels, const Epilogue& end) {
-    constexpr int SHORT = 16;  // float sums of so many, then doubles
+void finish_row(const float* from, int pixels, const Epilogue& end) {
     finishing(end, [&](const auto& finish) {
-        for (int begin = 0; begin < pixels; begin += SHORT)
-            for (int half = 0; half < end.vectors; ++half) {
-                Vec sum{}, squares{};
-                for (int x = begin; x < std::min(pixels, begin + SHORT); ++x) {
-                    const Vec v = finish(load(sums + x * PANEL + half * LANES), x * end.pixel_stride, half);
-                    sum += v;
-                    squares += v * v;
-                }
-                if (end.sums != nullptr) add_sums(end, end.sums, half, sum, squares);
+        for (int half = 0; half < end.vectors; ++half) {
+            Sums sums;
+            for (int x = 0; x < pixels; ++x) {
+                const Vec v = finish(load(from + x * PANEL + half * LANES), x * end.pixel_stride, half);
+                if (end.sums == nullptr) continue;
+                sums.add(v);
+                if (sums.count == Sums::MOST || x + 1 == pixels)
+                    sums.add_to(end.sums + half * LANES, end.sums + half * LANES + end.sums_stride);
             }
+        }
     });
 }
 

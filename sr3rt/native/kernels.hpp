@@ -32,6 +32,7 @@ struct Input {
     bool silu;
     Resample resample;
     int height, width;
+    int source_width;  // of the sources, before resampling
 };
 
 // What is done to a layer's sums: (act(sum·scale + shift) + add)·gain. Pointers are to the first channel and pixel written.

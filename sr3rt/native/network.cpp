@@ -42,6 +42,11 @@ class Arena {
     std::size_t size_ = 0;
 };
 
+[[noreturn]] void misfit(int height, int width) {
+    throw std::invalid_argument("the network's registers do not fit one another at " + std::to_string(height) + "×" +
+                                std::to_string(width) + ": its stride does not divide that");
+}
+
 }  // namespace
 
 Linear::Linear(const float* by_output, const float* offsets, std::size_t outs, std::size_t ins)
@@ -127,7 +132,7 @@ int Network::convolution(ConvolutionOptions options, const float* weight, std::s
     const int added = options.add;
     auto layer = sr3::convolution(kernels_, registers_, std::move(options), weight, outputs, side, std::move(bias));
     const int to = add(std::move(layer), outputs);
-    if (added >= 0) reads_.back().push_back(added);
+    if (added >= 0) reads_.back().push_back(added);  // last, after the sources
     return to;
 }
 
@@ -169,9 +174,15 @@ Network::Plan Network::plan(std::size_t count, int height, int width) const {
     for (std::size_t i = 0; i < layers_.size(); ++i) {
         const Layer& layer = *layers_[i];
         arena.release(i);
+        const auto same = [&](int a, const Extent& b) { return plan.extents[a].height == b.height && plan.extents[a].width == b.width; };
+        for (const int source : layer.from)
+            if (!same(source, plan.extents[layer.from[0]])) misfit(height, width);
         if (layer.to >= 0) {
             const std::size_t to = static_cast<std::size_t>(layer.to);
             const Extent extent = plan.extents[to] = layer.extent(plan.extents, height, width);
+            if (extent.height < 1 || extent.width < 1) misfit(height, width);
+            const bool adds = reads_[i].size() > layer.from.size();
+            if (adds && !same(reads_[i].back(), extent)) misfit(height, width);
             plan.offsets[to] = arena.take(register_size(to, extent, count), last[to]);
             if (registers_[to].normed) {
                 if (extent.units == 0) throw std::invalid_argument("a norm reads what no convolution wrote");
@@ -187,6 +198,11 @@ Network::Plan Network::plan(std::size_t count, int height, int width) const {
     plan.own = plan.shared + rounded_up(most.shared, 16);
     plan.size = plan.own + plan.own_size * pool_.threads() + SLACK;
     return plan;
+}
+
+Extent Network::result_extent(int height, int width) const {
+    const Plan made = plan(1, height, width);
+    return layers_.empty() || layers_.back()->to >= 0 ? Extent{} : layers_.back()->extent(made.extents, height, width);
 }
 
 std::size_t Network::memory_of(std::size_t count, int height, int width) { return plan(count, height, width).size * sizeof(float); }

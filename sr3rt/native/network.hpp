@@ -49,6 +49,7 @@ class Network {
 
     std::size_t channels() const { return channels_; }
     const Kernels& kernels() const { return kernels_; }
+    Extent result_extent(int height, int width) const;  // 0×0 where there is no result
     std::size_t memory_of(std::size_t count, int height, int width);  // bytes that such a run needs beside the weights
 
    private:

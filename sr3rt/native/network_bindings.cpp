@@ -83,10 +83,17 @@ int convolution(sr3::Network& self, std::vector<int> from, const Array& weight, 
 
 void run(sr3::Network& self, const Array& x, const Array& y, const Array& level, Output out) {
     expect(x.ndim() == 4 && x.shape(1) == self.channels(), "x must be (N, C, H, W) with the network's channels");
-    for (std::size_t i = 0; i < 4; ++i) expect(y.ndim() == 4 && out.ndim() == 4 && y.shape(i) == x.shape(i) && out.shape(i) == x.shape(i), "y and out must have x's shape");
+    for (std::size_t i = 0; i < 4; ++i)
+        expect(y.ndim() == 4 && out.ndim() == 4 && y.shape(i) == x.shape(i) && out.shape(i) == x.shape(i),
+               "y and out must have x's shape");
     expect(level.ndim() == 2 && level.shape(0) == x.shape(0) && level.shape(1) == 1, "level must be (N, 1)");
-    const sr3::Planar planar{x.data(), y.data(), level.data(), out.data(), x.shape(1), x.shape(0), static_cast<int>(x.shape(2)),
-                             static_cast<int>(x.shape(3))};
+    const int height = static_cast<int>(x.shape(2)), width = static_cast<int>(x.shape(3));
+    if (x.size() == 0) return;
+    const sr3::Extent made = self.result_extent(height, width);
+    expect(made.height == height && made.width == width,
+           "the network's result is " + std::to_string(made.height) + "×" + std::to_string(made.width) + " where the picture is " +
+               std::to_string(height) + "×" + std::to_string(width));
+    const sr3::Planar planar{x.data(), y.data(), level.data(), out.data(), x.shape(1), x.shape(0), height, width};
     const nb::gil_scoped_release released;
     self.run(planar);
 }

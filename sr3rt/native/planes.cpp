@@ -53,14 +53,15 @@ class Result final : public Layer {
     Scratch scratch(const std::vector<Extent>&, std::size_t) const override { return {}; }
 
     void run(const Run& run) const override {
-        const Planar& p = run.planar;
         const View& in = run.views[from[0]];
-        over_rows(run, p.height, [&](std::size_t n, int first, int last, unsigned) {
-            const std::size_t plane = static_cast<std::size_t>(p.height) * p.width, begin = static_cast<std::size_t>(first) * p.width;
-            const std::size_t count = static_cast<std::size_t>(last - first) * p.width;
+        const std::size_t channels = run.planar.channels;
+        over_rows(run, in.height, [&](std::size_t n, int first, int last, unsigned) {
+            const std::size_t begin = static_cast<std::size_t>(first) * in.width, count = static_cast<std::size_t>(last - first) * in.width;
             const float* pixels = in.picture(n) + begin * in.padded;
-            for (std::size_t c = 0; c < p.channels; ++c)
-                for (std::size_t i = 0; i < count; ++i) p.out[(n * p.channels + c) * plane + begin + i] = pixels[i * in.padded + c];
+            for (std::size_t c = 0; c < channels; ++c) {
+                float* out = run.planar.out + (n * channels + c) * in.pixels() + begin;
+                for (std::size_t i = 0; i < count; ++i) out[i] = pixels[i * in.padded + c];
+            }
         });
     }
 };
@@ -82,7 +83,7 @@ class Resampling final : public Layer {
             input.sources[0] = {in.picture(n), in.padded, nullptr, nullptr};
             input.count = 1;
             input.resample = by_;
-            input.height = out.height, input.width = out.width;
+            input.height = out.height, input.width = out.width, input.source_width = in.width;
             run.kernels.fill(input, first, 0, last - first, out.width, 0, in.padded,
                              out.picture(n) + static_cast<std::size_t>(first) * out.width * out.padded);
         });

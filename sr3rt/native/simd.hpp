@@ -48,11 +48,28 @@ inline Vec exponential(Vec x) {
 
 inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
 
-inline double total(const double* values, int count) {
-    double sum = 0;
-    for (int i = 0; i < count; ++i) sum += values[i];
-    return sum;
-}
+// Up to 16 values of each lane, for their sum and the sum of their squares in float64. A variance is the small difference of two
+// large numbers, so squares are taken of the distances from the mean of the 16, which float32 holds well, and its own is added.
+struct Sums {
+    static constexpr int MOST = 16;
+    Vec values[MOST];
+    int count = 0;
+
+    void add(Vec v) { values[count++] = v; }
+
+    void add_to(double* sums, double* squares) {
+        Vec sum{}, spread{};
+        for (int i = 0; i < count; ++i) sum += values[i];
+        const Vec mean = sum * (1.0f / static_cast<float>(count));
+        for (int i = 0; i < count; ++i) spread += (values[i] - mean) * (values[i] - mean);
+        for (int lane = 0; lane < LANES; ++lane) {
+            const double one = static_cast<double>(sum[lane]);
+            sums[lane] += one;
+            squares[lane] += static_cast<double>(spread[lane]) + one * one / count;
+        }
+        count = 0;
+    }
+};
 
 }  // namespace
 }  // namespace sr3
