@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -89,7 +90,8 @@ def to_trt(
         missing = _why_not()
         with writing(target, overwrite=True) as folder:
             for name in bundle.manifest.files:
-                (folder / name).write_bytes(bundle.read(name))
+                with bundle.open_file(name) as source_file, (folder / name).open("wb") as copy:
+                    shutil.copyfileobj(source_file, copy)
             manifest = _with_half(bundle, folder, shapes, progress) if precision == "fp16" else bundle.manifest
             engines = _kept(manifest, folder)
             if missing is None:

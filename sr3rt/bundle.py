@@ -13,8 +13,8 @@ Bundles from before have no network.json; their weights are in network.onnx or, 
 
 `sr3.json` is UTF-8 JSON whose own `sha256` field is the digest of the file's bytes with that field filled with 64 zeros. A name in
 `files` is a plain file name: no folder, no link, nothing in the directory that is not listed. Files are handed out as the bytes
-whose hash was checked. A bundle is written to a hidden folder beside its target, synced, and renamed: it is there whole or not at
-all, whenever its writer is killed, and the next writer to that target removes what the killed one left.
+whose hash was checked, or open, once it was. A bundle is written to a hidden folder beside its target, synced, and renamed: it is there
+whole or not at all, whenever its writer is killed, and the next writer to that target removes what the killed one left.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from sr3rt.errors import BackendError, CheckpointError, MissingExtra, OptionErro
 from sr3rt.export import footprint, to_onnx  # noqa: E402
 from sr3rt.export.nets.paper import PaperConfig, PaperUNet  # noqa: E402
 from sr3rt.export.recognise import BUFFERS  # noqa: E402
+from sr3rt.upscaler import SHIPPED  # noqa: E402
 
 Exported = Callable[[str], Path]
 CHECKPOINT = GOLDEN / "sr3_a" / "I10_E1_gen.pth"
@@ -174,6 +175,17 @@ def test_onnxruntime_and_onnx_read_the_graph_from_the_folder_too(ready: Path) ->
     session = onnxruntime.InferenceSession(ready / NETWORK, providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {"x": x, "y": y, "level": np.array([[0.9], [0.1]], np.float32)})
     assert out == pytest.approx(predicted(ready), abs=1e-6)
+
+
+def test_training_goes_on_from_the_weights_of_a_bundle(ready: Path) -> None:
+    from sr3rt.export.train import from_file
+
+    found = from_file(SHIPPED).state_dict()
+    weights = safetensors.load_file(SHIPPED / WEIGHTS)
+    assert found.keys() == weights.keys() - {"embedding.frequencies"}
+    assert all(torch.equal(value, weights[name]) for name, value in found.items())
+    with pytest.raises(OptionError, match=r"sr3_a is not of this script's network: it has no tensor embedding\.mlp\.0\.weight"):
+        from_file(ready)
 
 
 @pytest.mark.usefixtures("ready_network")
