@@ -1,4 +1,4 @@
-// Random small networks against the same in float64, written as plainly as can be: `fuzz CASES SEED [avx2|avx512]`.
+// Random small networks against the same in float64, written as plainly as can be: `fuzz CASES SEED [avx2|avx512|wide]`.
 // Prints a line for every network that differs by more than rounding, then how many there were; the exit status is theirs.
 
 #include <algorithm>
@@ -11,6 +11,10 @@
 #include <vector>
 
 #include "network.hpp"
+
+namespace sr3 {
+extern const Kernels wide;  // the code of AVX-512's vectors, compiled for AVX2
+}
 
 namespace {
 
@@ -285,8 +289,9 @@ class Case {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc < 3) return std::fprintf(stderr, "usage: fuzz CASES SEED [avx2|avx512]\n"), 2;
-    const sr3::Kernels* kernels = sr3::kernels(argc > 3 ? argv[3] : "auto");
+    if (argc < 3) return std::fprintf(stderr, "usage: fuzz CASES SEED [avx2|avx512|wide]\n"), 2;
+    const std::string name = argc > 3 ? argv[3] : "auto";
+    const sr3::Kernels* kernels = name == "wide" ? &sr3::wide : sr3::kernels(name.c_str());
     if (kernels == nullptr) return std::fprintf(stderr, "this processor has not what was asked for\n"), 2;
     const int cases = std::atoi(argv[1]), seed = std::atoi(argv[2]);
     int wrong = 0;
