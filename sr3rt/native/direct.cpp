@@ -104,7 +104,7 @@ class Direct final : public Convolution {
             const Source& source = in.sources[s];
             const std::size_t at = static_cast<std::size_t>(part.row) * in.width + part.column;
             run.kernels.multiply(static_cast<std::size_t>(part.rows) * part.columns, source.channels, source.data + at * source.channels,
-                                 source.channels, weights, panel_, sums, panel_, s > 0);
+                                 source.channels, weights, panel_, weights + source.channels * panel_, sums, panel_, s > 0);
             weights += source.channels * panel_;
         }
     }
@@ -114,8 +114,9 @@ class Direct final : public Convolution {
         for (int y = 0; y < part.rows; ++y)
             for (int tap = 0; tap < taps; ++tap) {
                 const std::size_t at = static_cast<std::size_t>(y * options_.stride + tap / side_) * wide + tap % side_;
-                run.kernels.multiply(part.columns, inputs_, strip + at * inputs_, options_.stride * inputs_,
-                                     weights_.get() + (panel * taps + tap) * inputs_ * panel_, panel_,
+                const float* weights = weights_.get() + (panel * taps + tap) * inputs_ * panel_;
+                run.kernels.multiply(part.columns, inputs_, strip + at * inputs_, options_.stride * inputs_, weights, panel_,
+                                     weights + inputs_ * panel_,
                                      sums + static_cast<std::size_t>(y) * part.columns * panel_, panel_, tap > 0);
             }
     }

@@ -97,15 +97,16 @@ void fill(const Input& input, int row, int column, int rows, int columns, std::s
 
 // The register block: `rows` rows by one panel, summed over the depth in order.
 template <int rows>
-void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, float* m,
-                    std::size_t m_stride, bool accumulate) {
+void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, const float* next,
+                    float* m, std::size_t m_stride, bool accumulate) {
     Vec sums[rows][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
         for (int half = 0; half < 2; ++half) sums[r][half] = accumulate ? load(m + r * m_stride + half * LANES) : Vec{};
     for (std::size_t k = 0; k < depth; ++k) {
         const Vec left = load(b), right = load(b + LANES);
-        b += b_stride;
+        __builtin_prefetch(next);
+        b += b_stride, next += b_stride;
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
             const Vec one = splat(a[r * a_stride + k]);
@@ -118,7 +119,7 @@ void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, con
         for (int half = 0; half < 2; ++half) store(m + r * m_stride + half * LANES, sums[r][half]);
 }
 
-using Block = void (*)(std::size_t, const float*, std::size_t, const float*, std::size_t, float*, std::size_t, bool);
+using Block = void (*)(std::size_t, const float*, std::size_t, const float*, std::size_t, const float*, float*, std::size_t, bool);
 
 template <std::size_t... rows>
 constexpr auto blocks_of(std::index_sequence<rows...>) {
@@ -126,13 +127,14 @@ constexpr auto blocks_of(std::index_sequence<rows...>) {
 }
 
 void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
-              float* m, std::size_t m_stride, bool accumulate) {
+              const float* next, float* m, std::size_t m_stride, bool accumulate) {
     static constexpr auto blocks = blocks_of(std::make_index_sequence<SR3_ROWS>{});
     const std::size_t parts = (rows + SR3_ROWS - 1) / SR3_ROWS;  // of nearly one height: a low block leaves units idle
     for (std::size_t part = 0, row = 0; part < parts; ++part) {
-        const std::size_t next = rows * (part + 1) / parts;
-        blocks[next - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, m + row * m_stride, m_stride, accumulate);
-        row = next;
+        const std::size_t end = rows * (part + 1) / parts;
+        blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, part + 1 == parts ? next : b, m + row * m_stride, m_stride,
+                              accumulate);
+        row = end;
     }
 }
 

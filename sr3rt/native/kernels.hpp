@@ -15,6 +15,17 @@ constexpr int POINTS = 36;             // products in place of those 16 outputs 
 constexpr int SOURCES = 4;             // most registers that are joined
 constexpr std::size_t ALIGNMENT = 64;  // bytes
 
+constexpr std::size_t DEPTH = 64;      // input channels whose weights are transformed at a time
+
+constexpr std::size_t rounded_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
+
+// A plane's size in floats, at least `count`: an odd number of cache lines, so that equal places of many planes do not all fall
+// into the same few sets of the cache.
+constexpr std::size_t plane_of(std::size_t count) {
+    const std::size_t lines = rounded_up(count, 16) / 16;
+    return 16 * (lines | 1);
+}
+
 enum class Resample { none, up, down };
 
 // One of the registers that a layer reads, of one picture: `channels` floats a pixel (padded), and what a norm makes of them.
@@ -64,9 +75,10 @@ struct Kernels {
     void (*transform_input)(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
                             std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride);
 
-    // m[row][panel] (+)= a[row][depth] · b[depth][panel]. Strides in floats; the last row of b may be read `panel` long.
+    // m[row][panel] (+)= a[row][depth] · b[depth][panel]. Strides in floats; the last row of b may be read `panel` long. `next`: what
+    // will be b next, any address; it is brought nearer meanwhile.
     void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
-                     float* m, std::size_t m_stride, bool accumulate);
+                     const float* next, float* m, std::size_t m_stride, bool accumulate);
 
     // [36] planes of [tile][panel], tiles' rows `tile_row_stride` tiles apart, -> rows × columns pixels.
     void (*transform_output)(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,

@@ -4,8 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "kernels.hpp"
@@ -14,22 +14,12 @@
 namespace sr3 {
 
 struct Free {
-    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{ALIGNMENT}); }
+    void operator()(float* memory) const { std::free(memory); }
 };
 using Floats = std::unique_ptr<float[], Free>;
 
-inline Floats floats(std::size_t count) {
-    return Floats(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{ALIGNMENT})));
-}
-
-constexpr std::size_t rounded_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
-
-// A plane's size in floats, at least `count`: an odd number of cache lines, so that equal places of many planes do not all fall
-// into the same few sets of the cache.
-constexpr std::size_t plane_of(std::size_t count) {
-    const std::size_t lines = rounded_up(count, 16) / 16;
-    return 16 * (lines | 1);
-}
+// Uninitialised. Large ones ask for large pages: a tile's 36 points lie in as many small ones. Raises std::bad_alloc.
+Floats floats(std::size_t count);
 
 // What a register holds of every picture: `channels` of them, padded to whole vectors.
 struct Register {

@@ -3,8 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace sr3 {
 namespace {
@@ -48,6 +53,17 @@ class Arena {
 }
 
 }  // namespace
+
+Floats floats(std::size_t count) {
+    const std::size_t bytes = count * sizeof(float), page = std::size_t{2} << 20;
+    const std::size_t alignment = bytes >= page ? page : ALIGNMENT;
+    void* memory = std::aligned_alloc(alignment, rounded_up(bytes, alignment));
+    if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == page) madvise(memory, rounded_up(bytes, page), MADV_HUGEPAGE);  // a wish: whether it is granted does not matter
+#endif
+    return Floats(static_cast<float*>(memory));
+}
 
 Linear::Linear(const float* by_output, const float* offsets, std::size_t outs, std::size_t ins)
     : inputs(ins), outputs(outs), weight(ins * outs), bias(offsets, offsets + outs) {

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.hpp"
 #include "simd.hpp"
 
@@ -49,15 +51,29 @@ inline void output_line(const Vec* m, int from, Vec* t, int to) {
     t[3 * to] = (NEAR2 * NEAR) * d1 + ((FAR2 * FAR) * d2 + m[5 * from]);
 }
 
-inline void transform_weights(const float* packed, std::size_t channels, float* points, std::size_t plane) {
-    for (std::size_t channel = 0; channel < channels; ++channel)
+template <class Plane>
+[[gnu::always_inline]] inline void transform_weights(const float* packed, std::size_t channels, float* points, Plane plane) {
+    constexpr int AHEAD = 6 * 9 * PANEL;  // floats: read from main memory, as a rule
+    for (std::size_t channel = 0; channel < channels; ++channel) {
+        const float* taps = packed + channel * 9 * PANEL;
+        for (int tap = 0; tap < 9; ++tap) __builtin_prefetch(taps + AHEAD + tap * PANEL);
         for (int half = 0; half < PANEL; half += LANES) {
-            Vec g[9], rows[18], t[POINTS];
-            for (int i = 0; i < 9; ++i) g[i] = load(packed + (channel * 9 + i) * PANEL + half);
+            Vec g[9], rows[18];
+            for (int i = 0; i < 9; ++i) g[i] = load(taps + i * PANEL + half);
             for (int i = 0; i < 3; ++i) weight_line(g + i, 3, rows + i, 3);
-            for (int i = 0; i < 6; ++i) weight_line(rows + 3 * i, 1, t + 6 * i, 1);
-            for (int i = 0; i < POINTS; ++i) store(points + i * plane + channel * PANEL + half, t[i]);
+            for (int y = 0; y < 6; ++y) {
+                Vec t[6];
+                weight_line(rows + 3 * y, 1, t, 1);
+                for (int x = 0; x < 6; ++x) store(points + (6 * y + x) * plane + channel * PANEL + half, t[x]);
+            }
         }
+    }
+}
+
+void transform_weights(const float* packed, std::size_t channels, float* points, std::size_t plane) {
+    constexpr std::integral_constant<std::size_t, plane_of(DEPTH * PANEL)> usual;
+    if (plane == usual) return transform_weights(packed, channels, points, usual);  // known distances need no registers
+    transform_weights<std::size_t>(packed, channels, points, plane);
 }
 
 inline void transform_input(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
