@@ -110,7 +110,7 @@ def _why_not_compiled(device: str) -> str | None:
 
 
 def _why_not_ours(backend: str, device: str) -> str | None:
-    if device != "cpu" and backend == "onnxruntime":
+    if device != "cpu" and backend in ("native", "onnxruntime"):
         return "this backend runs on the CPU"
     return backends.why_not(backend)
 
@@ -124,6 +124,7 @@ def contenders() -> dict[str, Contender]:
         Contender("peer", "the public implementation itself", "torch", _peer, _why_not_peer),
     ]
     ours = [
-        Contender(name, f"sr3rt, {name}", name, partial(_ours, backend=name), partial(_why_not_ours, name)) for name in backends.MODULES
+        Contender(name, f"sr3rt, {name}", module, partial(_ours, backend=name), partial(_why_not_ours, name))
+        for name, module in backends.MODULES.items()
     ]
     return {one.name: one for one in (*theirs, *ours)}

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 21
+NATIVE = parity.Limits(net=5e-5, picture=1e-3)  # of the native engine, whose convolutions round about twice as much (native/winograd.hpp)
 INSIDE = 1024  # bytes below which the graph keeps its own copy of a weight
 
 
@@ -112,15 +113,22 @@ def export(
             progress("tracing the network")
             write_network(read.net, folder)
             write_manifest(folder, manifest)
-            bundle = Bundle.open(folder)
-            network = backends.load(bundle, backends.Request("onnxruntime"))
-            figures = parity.measure(TorchNetwork(read.net), network, manifest, progress=progress)
-            del network
+            figures = _parity(TorchNetwork(read.net), Bundle.open(folder), manifest, progress)
             progress("measuring memory")
             manifest = replace(manifest, parity=figures, attention_stride=footprint.attention_stride(read.net))
             manifest = replace(manifest, bytes_per_pixel=footprint.bytes_per_pixel(folder, manifest))
             write_manifest(folder, manifest)
     return target
+
+
+def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Figures of the graph, and of the program under "native …" where this processor can run it. Raises ParityError."""
+    figures = parity.measure(reference, backends.load(bundle, backends.Request("onnxruntime")), manifest, progress=progress)
+    if backends.why_not("native") is None:
+        network = backends.load(bundle, backends.Request("native"))
+        program = parity.measure(reference, network, manifest, limits=NATIVE, progress=progress)
+        figures |= {f"native {name}": figure for name, figure in program.items() if name != "against"}
+    return figures
 
 
 def _check_packages() -> None:

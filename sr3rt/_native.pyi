@@ -10,6 +10,7 @@ message names the argument and what was found.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,3 +69,58 @@ def advance(
     threads: int,
 ) -> bool:
     """The second half of `step`: y ← a·y + b·x0_new + c·x0 + s·z, then x0 ← x0_new. `z`, unless None, is the noise."""
+
+def instructions() -> str | None:
+    """The best instruction set that `Network` can use here: "avx512", "avx2", or None where there is neither."""
+
+_Linear: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]  # weight (outputs, inputs), bias (outputs,)
+_Norm: TypeAlias = tuple[int, float, NDArray[np.float32], NDArray[np.float32]]  # groups, eps, weight, bias
+_Level: TypeAlias = tuple[bool, float, NDArray[np.float32], list[_Linear], bool]  # log_sigma, scale, frequencies, layers, silu
+
+class Network:
+    """A network of layers over numbered registers (native/network.hpp), built by `sr3rt.backends.native`; docs/program.md says what
+    each layer computes. Every method that adds a layer returns the register that it writes.
+
+    instructions: "auto", "avx2" or "avx512". threads: that a run uses, the caller's among them. Arrays are float32 and C-contiguous;
+    they are copied. Raises ValueError for what does not fit, or a processor without those instructions.
+    """
+
+    def __init__(self, instructions: str, threads: int, channels: int, level: _Level) -> None: ...
+    @property
+    def instructions(self) -> str: ...
+    def joined_planes(self) -> int:
+        """x and y as one register."""
+
+    def to_bands(self, detail: float) -> int: ...
+    def convolution(
+        self,
+        sources: list[int],
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        stride: int,
+        norm: _Norm | None,
+        silu: bool,
+        resample: str,
+        level: _Linear | None,
+        scaled: bool,
+        after: bool,
+        add: int,
+        gain: float,
+    ) -> int:
+        """resample: "none", "up" or "down". scaled: whether the level scales too. add: a register, or -1."""
+
+    def attention(self, source: int) -> int: ...
+    def resampling(self, source: int, by: str) -> int: ...
+    def result(self, source: int) -> None:
+        """That register is the network's prediction."""
+
+    def from_bands(self, bands: int, source: int, detail: float, coarse: float) -> None: ...
+    def run(self, x: NDArray[np.float32], y: NDArray[np.float32], level: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+        """x, y (N, C, H, W) and level (N, 1) -> out (N, C, H, W), which may not share memory with the others.
+
+        The GIL is released. Calls from several threads take turns. The number of threads and of pictures does not change a bit of a
+        picture's result. Raises ValueError for other shapes, also where the network's stride does not divide H or W; MemoryError.
+        """
+
+    def memory(self, count: int, height: int, width: int) -> int:
+        """Bytes that a run of so many pictures needs beside the weights and these arrays."""

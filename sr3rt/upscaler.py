@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack, get_args, overload
 import numpy as np
 
 from sr3rt import backends, memory
-from sr3rt.backends import Floats, Network, Request
+from sr3rt.backends import Floats, Network, Planned, Request
 from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
 from sr3rt.engine import Engine, Job, Noise
@@ -217,8 +217,11 @@ class Upscaler:
     def _bytes(self, height: int, width: int) -> int:
         """Memory for one picture of that output size: activations, the loop's arrays, and the scores of the finest attention."""
         manifest, pixels, single = self.bundle.manifest, height * width, np.dtype(np.float32).itemsize
+        loop = 8 * manifest.channels * single * pixels
+        if isinstance(self.network, Planned):
+            return loop + self.network.memory(1, height, width)
         tokens = pixels // manifest.attention_stride**2 if manifest.attention_stride else 0
-        return pixels * (manifest.bytes_per_pixel + 8 * manifest.channels * single) + 2 * single * tokens**2
+        return loop + pixels * manifest.bytes_per_pixel + 2 * single * tokens**2
 
     def _refine(self, tasks: list[Task], on_step: OnStep | None, *, single: bool) -> dict[Task, Floats]:
         """Run every task's job to its end; pictures of one padded size share an engine, and the next joins when one is done."""
@@ -278,7 +281,8 @@ def load(
 ) -> Upscaler:
     """Open a bundle (None: the one that ships) on a backend.
 
-    backend: "auto" or "onnxruntime". precision: "auto", "fp32" or "fp16" (slow on a CPU). device: "auto" or "cpu".
+    backend: "auto", "native" (sr3rt's own engine; needs AVX2) or "onnxruntime". precision: "auto", "fp32" or "fp16" (onnxruntime's, slow).
+    device: "auto" or "cpu".
     threads: 0, one for each core that this process may use. batch: most pictures in one network call. limits: of the pictures taken
     (`sr3rt.images.Limits`).
 

@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,15 @@ class Network(Protocol):
         ...
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """A network that knows beforehand what memory it takes."""
+
+    def memory(self, count: int, height: int, width: int) -> int:
+        """Bytes, beside the weights and the bound arrays, that a call for so many pictures of that size needs."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked for; "auto" leaves it to the backend. `threads` 0: all that this process may use."""
@@ -51,10 +60,11 @@ class Request:
         return self.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
-MODULES = {"onnxruntime": "sr3rt.backends.onnxruntime"}
-"""Each module has `load(bundle, request) -> Network` and `why_not() -> str | None`, which says why it cannot run here."""
+MODULES = {"native": "sr3rt.backends.native", "onnxruntime": "sr3rt.backends.onnxruntime"}
+"""Each module has `load(bundle, request) -> Network`, `why_not() -> str | None`, which says why it cannot run here, and
+`refusal(bundle, request) -> str | None`, which says why it cannot do what is asked with that bundle."""
 
-ORDER = ("onnxruntime",)
+ORDER = ("native", "onnxruntime")
 """What "auto" tries, best first."""
 
 
@@ -70,12 +80,12 @@ def load(bundle: Bundle, request: Request) -> Network:
         raise OptionError(f"unknown backend {request.backend!r}: expected auto, {', '.join(MODULES)}")
     if request.threads < 0:
         raise OptionError(f"threads must be 0 (all) or more, found {request.threads}")
-    if request.backend != "auto":
-        network: Network = importlib.import_module(MODULES[request.backend]).load(bundle, request)
-        return network
-    reasons = {name: why_not(name) for name in ORDER}
-    for name, reason in reasons.items():
-        if reason is None:
-            chosen: Network = importlib.import_module(MODULES[name]).load(bundle, request)
-            return chosen
-    raise BackendError("no backend can run here: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    names = ORDER if request.backend == "auto" else (request.backend,)
+    reasons = {}
+    for name in names:
+        module = importlib.import_module(MODULES[name])
+        if len(names) == 1 or not (reason := module.why_not() or module.refusal(bundle, request)):
+            network: Network = module.load(bundle, request)
+            return network
+        reasons[name] = reason
+    raise BackendError("no backend can do this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -20,17 +20,22 @@ def why_not() -> str | None:
     return None if _native.instructions() else "the native backend needs a processor with AVX2 and FMA: use backend='onnxruntime'"
 
 
+def refusal(bundle: Bundle, request: Request) -> str | None:
+    """Why this backend cannot do what is asked with that bundle, or None when it can."""
+    if request.precision not in ("auto", "fp32"):
+        return f"the native backend has fp32, precision {request.precision!r} was asked for: use auto or fp32"
+    if request.device not in ("auto", "cpu"):
+        return f"the native backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu"
+    if PROGRAM not in bundle.manifest.files:
+        return f"{bundle.path} has no {PROGRAM}, which the native backend runs: export it again, or use backend='onnxruntime'"
+    return None
+
+
 def load(bundle: Bundle, request: Request) -> NativeNetwork:
-    """Raises BackendError (a processor, precision or device that it does not have; a bundle without a program) or BundleCorrupt."""
-    reason = why_not()
+    """Raises BackendError (`why_not`, `refusal`) or BundleCorrupt."""
+    reason = why_not() or refusal(bundle, request)
     if reason:
         raise BackendError(reason)
-    if request.precision not in ("auto", "fp32"):
-        raise BackendError(f"the native backend has fp32, precision {request.precision!r} was asked for: use auto or fp32")
-    if request.device not in ("auto", "cpu"):
-        raise BackendError(f"the native backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu")
-    if PROGRAM not in bundle.manifest.files:
-        raise BackendError(f"{bundle.path} has no {PROGRAM}, which the native backend runs: export it again, or use backend='onnxruntime'")
     try:
         program = json.loads(bundle.read(PROGRAM))
         with bundle.open_file(WEIGHTS) as stream:
@@ -58,6 +63,10 @@ class NativeNetwork:
                 raise BackendError(f"the native backend has not the memory for {size} (batch, channels, height, width)") from None
 
         return run
+
+    def memory(self, count: int, height: int, width: int) -> int:
+        """As `Planned.memory`."""
+        return self._network.memory(count, height, width)
 
 
 FORMAT = 1

@@ -21,6 +21,22 @@ def why_not() -> str | None:
     return None if find_spec("onnxruntime") else str(MissingExtra("the onnxruntime backend", "onnxruntime", "cpu"))
 
 
+def refusal(bundle: Bundle, request: Request) -> str | None:
+    """Why this backend cannot do what is asked with that bundle, or None when it can."""
+    if request.precision not in ("auto", "fp32", "fp16"):
+        return f"the onnxruntime backend has fp32 and fp16, precision {request.precision!r} was asked for: use auto or fp32"
+    if _graph(request)[0] not in bundle.manifest.files:
+        return f"{bundle.path} has no network in {_graph(request)[1]}: make it with  python export/to_trt.py {bundle.path}"
+    if request.device not in ("auto", "cpu"):
+        return f"the onnxruntime backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu"
+    return None
+
+
+def _graph(request: Request) -> tuple[str, str]:
+    """The file to run and its precision."""
+    return (HALF, "fp16") if request.precision == "fp16" else (NETWORK, "fp32")
+
+
 def load(bundle: Bundle, request: Request) -> OrtNetwork:
     """Raises MissingExtra, BackendError (precision or device that it does not have) or BundleCorrupt."""
     try:
@@ -29,13 +45,10 @@ def load(bundle: Bundle, request: Request) -> OrtNetwork:
         if error.name != "onnxruntime":
             raise
         raise MissingExtra("the onnxruntime backend", "onnxruntime", "cpu") from None
-    if request.precision not in ("auto", "fp32", "fp16"):
-        raise BackendError(f"the onnxruntime backend has fp32 and fp16, precision {request.precision!r} was asked for: use auto or fp32")
-    name, precision = (HALF, "fp16") if request.precision == "fp16" else (NETWORK, "fp32")
-    if name not in bundle.manifest.files:
-        raise BackendError(f"{bundle.path} has no network in {precision}: make it with  python export/to_trt.py {bundle.path}")
-    if request.device not in ("auto", "cpu"):
-        raise BackendError(f"the onnxruntime backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu")
+    reason = refusal(bundle, request)
+    if reason:
+        raise BackendError(reason)
+    name, precision = _graph(request)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = request.thread_count
     options.inter_op_num_threads = 1

@@ -18,8 +18,10 @@ struct Free {
 };
 using Floats = std::unique_ptr<float[], Free>;
 
-// Uninitialised. Large ones ask for large pages: a tile's 36 points lie in as many small ones. Raises std::bad_alloc.
+// Uninitialised. Raises std::bad_alloc.
 Floats floats(std::size_t count);
+// The same in large pages, if there are any to be had: a tile's 36 points would lie in as many small ones.
+Floats floats_in_large_pages(std::size_t count);
 
 // What a register holds of every picture: `channels` of them, padded to whole vectors.
 struct Register {

@@ -55,14 +55,21 @@ class Arena {
 }  // namespace
 
 Floats floats(std::size_t count) {
-    const std::size_t bytes = count * sizeof(float), page = std::size_t{2} << 20;
-    const std::size_t alignment = bytes >= page ? page : ALIGNMENT;
-    void* memory = std::aligned_alloc(alignment, rounded_up(bytes, alignment));
+    void* memory = std::aligned_alloc(ALIGNMENT, rounded_up(count * sizeof(float), ALIGNMENT));
     if (memory == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == page) madvise(memory, rounded_up(bytes, page), MADV_HUGEPAGE);  // a wish: whether it is granted does not matter
-#endif
     return Floats(static_cast<float*>(memory));
+}
+
+Floats floats_in_large_pages(std::size_t count) {
+#if defined(__linux__)
+    const std::size_t page = std::size_t{2} << 20, bytes = rounded_up(count * sizeof(float), page);
+    void* memory = std::aligned_alloc(page, bytes);
+    if (memory == nullptr) throw std::bad_alloc();
+    madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: what comes of it does not matter
+    return Floats(static_cast<float*>(memory));
+#else
+    return floats(count);
+#endif
 }
 
 Linear::Linear(const float* by_output, const float* offsets, std::size_t outs, std::size_t ins)
@@ -252,7 +259,7 @@ void Network::run(const Planar& planar) {
     const Plan plan = this->plan(planar.count, planar.height, planar.width);
     if (plan.size > arena_size_) {
         arena_.reset(), arena_size_ = 0;
-        arena_ = floats(plan.size);
+        arena_ = floats_in_large_pages(plan.size);
         arena_size_ = plan.size;
     }
     std::vector<View> views(registers_.size());
