@@ -12,12 +12,12 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import torch
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 21
-NATIVE = parity.Limits(net=5e-5, picture=1e-3)  # of the native engine, whose convolutions round about twice as much (native/winograd.hpp)
 INSIDE = 1024  # bytes below which the graph keeps its own copy of a weight
 
 
@@ -126,7 +125,7 @@ def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progres
     figures = parity.measure(reference, backends.load(bundle, backends.Request("onnxruntime")), manifest, progress=progress)
     if backends.why_not("native") is None:
         network = backends.load(bundle, backends.Request("native"))
-        program = parity.measure(reference, network, manifest, limits=NATIVE, progress=progress)
+        program = parity.measure(reference, network, manifest, progress=progress)
         figures |= {f"native {name}": figure for name, figure in program.items() if name != "against"}
     return figures
 
