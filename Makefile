@@ -52,7 +52,7 @@ $(VENV): $(NATIVE)
 $(VENV_DEMO): $(PACKAGE)
 	@echo 'Making .venv-demo, without torch: about a minute.'
 	$(PYTHON) -m venv .venv-demo
-	.venv-demo/bin/python $(PIP_INSTALL) '.[cpu]'
+	.venv-demo/bin/python $(PIP_INSTALL) .
 	@touch $@
 
 $(VENV_SERVE): $(NATIVE)

@@ -64,7 +64,7 @@ def upscale(
     consistency
         Make the result agree with the input: off, final or every; the bundle's own when not given.
     backend
-        auto or onnxruntime.
+        auto, native (needs AVX2) or onnxruntime.
     precision
         auto, fp32 or fp16.
     device
@@ -207,7 +207,7 @@ def serve(
     max_pixels
         Pixels of results taken on at a time.
     backend
-        auto or onnxruntime.
+        auto, native (needs AVX2) or onnxruntime.
     precision
         auto, fp32 or fp16.
     device

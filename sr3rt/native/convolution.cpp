@@ -23,16 +23,16 @@ Floats Convolution::packed(const Kernels& kernels, const std::vector<Register>& 
     std::size_t joined = 0;
     for (const int source : from) joined += registers[source].channels;
     Floats out = floats(panels() * inputs_ * taps * panel);
-    std::fill_n(out.get(), panels() * inputs_ * taps * panel, 0.0f);
-    for (std::size_t k = 0; k < outputs_; ++k) {
-        std::size_t input = 0, padded = 0;
+    float* to_lane = out.get();
+    for (std::size_t first = 0; first < panels() * panel; first += panel) {
+        std::size_t before = 0;  // channels of the sources before
         for (const int source : from) {
-            for (std::size_t c = 0; c < registers[source].channels; ++c)
+            const std::size_t channels = registers[source].channels;
+            for (std::size_t c = 0; c < registers[source].padded; ++c)
                 for (std::size_t tap = 0; tap < taps; ++tap)
-                    out[((k / panel * inputs_ + padded + c) * taps + tap) * panel + k % panel] =
-                        weight[(k * joined + input + c) * taps + tap];
-            input += registers[source].channels;
-            padded += registers[source].padded;
+                    for (std::size_t k = first; k < first + panel; ++k)
+                        *to_lane++ = c < channels && k < outputs_ ? weight[(k * joined + before + c) * taps + tap] : 0.0f;
+            before += channels;
         }
     }
     return out;
