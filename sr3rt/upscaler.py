@@ -18,7 +18,7 @@ from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
 from sr3rt.engine import Engine, Job, Noise
 from sr3rt.errors import Cancelled, ImageTooLarge, OptionError
-from sr3rt.images import ImageLike, Limits, Picture, condition, read, restore
+from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
 from sr3rt.samplers import Sampler, Table, table
 from sr3rt.schedule import Schedule, explicit, named, respace, warn_if_noisy_start_is_wrong
 
@@ -159,7 +159,7 @@ class Upscaler:
         """The picture read and made ready. Raises ImageError, ImageTooLarge (also when memory does not suffice)."""
         manifest = self.bundle.manifest
         picture = read(image, limits=self.limits)
-        self._check_memory(picture.height * manifest.scale, picture.width * manifest.scale)
+        self._check_memory(picture)
         made = condition(picture, scale=manifest.scale, stride=manifest.stride)
         if plan.consistency == "off":
             return Task(picture, Job(made.x, plan.table, seed, noise), plan)
@@ -205,17 +205,18 @@ class Upscaler:
         warn_if_noisy_start_is_wrong(schedule, trained)
         return schedule
 
-    def _check_memory(self, height: int, width: int) -> None:
-        available = memory.available()
+    def _check_memory(self, picture: Picture) -> None:
+        scale, stride, available = self.bundle.manifest.scale, self.bundle.manifest.stride, memory.available()
+        height, width = (padded(length, scale=scale, stride=stride) * scale for length in (picture.height, picture.width))
         needed = self._bytes(height, width)
         if available is not None and needed > available:
             raise ImageTooLarge(
-                f"a {width}×{height} result needs about {needed / 2**30:.1f} GiB with this model, {available / 2**30:.1f} GiB are "
-                "available: crop the picture, or use a machine with more memory"
+                f"a {picture.width * scale}×{picture.height * scale} result needs about {needed / 2**30:.1f} GiB with this model, "
+                f"{available / 2**30:.1f} GiB are available: crop the picture, or use a machine with more memory"
             )
 
     def _bytes(self, height: int, width: int) -> int:
-        """Memory for one picture of that output size: activations, the loop's arrays, and the scores of the finest attention."""
+        """Memory for one picture of that padded output size: activations, the loop's arrays, and the scores of the finest attention."""
         manifest, pixels, single = self.bundle.manifest, height * width, np.dtype(np.float32).itemsize
         loop = 8 * manifest.channels * single * pixels
         if isinstance(self.network, Planned):

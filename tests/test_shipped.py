@@ -1,4 +1,4 @@
-"""The model that ships, on onnxruntime: one seed, one picture, however it is run; and no torch."""
+"""The model that ships, on each backend for CPUs: one seed, one picture, however it is run; and no torch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PHOTO = Path(__file__).parent / "data" / "kodim23_crop.png"
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def up() -> Upscaler:
-    return sr3rt.load()
+@pytest.fixture(scope="module", params=["native", "onnxruntime"])
+def up(request: pytest.FixtureRequest) -> Upscaler:
+    return sr3rt.load(backend=request.param)
 
 
 @pytest.fixture
