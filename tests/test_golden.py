@@ -23,15 +23,17 @@ pytest.importorskip("torch")
 
 Golden = Callable[[str], dict[str, NDArray[Any]]]
 Exported = Callable[[str], Path]
+BACKENDS = ("native", "onnxruntime")
 
 
 def level(values: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(values.reshape(-1, 1), np.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_epsilon_through_the_exported_graph(name: str, golden: Golden, exported: Exported) -> None:
-    data, network = golden(name), load(Bundle.open(exported(name)), Request())
+def test_epsilon_through_the_exported_bundle(name: str, backend: str, golden: Golden, exported: Exported) -> None:
+    data, network = golden(name), load(Bundle.open(exported(name)), Request(backend))
 
     def run(x: Floats, y: Floats, at: NDArray[Any]) -> Floats:
         out = np.full_like(y, np.nan)
@@ -67,8 +69,9 @@ def test_step_table_is_the_recorded_schedule(name: str, golden: Golden, exported
     assert (rows[::-1, LEVEL] == data["level_traj"][:, 0].ravel().astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_recorded_run_is_replayed(name: str, golden: Golden, exported: Exported) -> None:
+def test_recorded_run_is_replayed(name: str, backend: str, golden: Golden, exported: Exported) -> None:
     """Same y_T and z: every state within 1e-4, and the same picture but for at most two codes."""
     data, bundle = golden(name), Bundle.open(exported(name))
     manifest = bundle.manifest
@@ -89,7 +92,7 @@ def test_recorded_run_is_replayed(name: str, golden: Golden, exported: Exported)
             z: Floats = data["y_T"][self.i] if step == START else data["z"][len(rows) - 1 - step, self.i]
             return z
 
-    engine = Engine(load(bundle, Request()), capacity=batch, channels=channels, height=height, width=width)
+    engine = Engine(load(bundle, Request(backend)), capacity=batch, channels=channels, height=height, width=width)
     for i in range(batch):
         engine.join(Job(data["x"][i], rows, seed=0, noise=Recording(i)))
     for k in range(len(rows)):

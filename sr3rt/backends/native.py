@@ -40,7 +40,7 @@ def load(bundle: Bundle, request: Request) -> NativeNetwork:
         program = json.loads(bundle.read(PROGRAM))
         with bundle.open_file(WEIGHTS) as stream:
             return NativeNetwork(compiled(program, Weights(stream), bundle.manifest.channels, request.thread_count))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleCorrupt(f"{bundle.path / PROGRAM} is not a program of format {FORMAT}: {error!r}. Export the bundle again") from error
 
 
@@ -77,6 +77,7 @@ _KEYS = {
     "to_bands": {"from", "to", "detail"},
     "from_bands": {"from", "to", "detail", "coarse"},
 }
+_RESAMPLE = {None: "none", "up": "up", "down": "down"}
 
 
 def compiled(program: Mapping[str, Any], tensors: Tensors, channels: int, threads: int, *, instructions: str = "auto") -> _native.Network:
@@ -86,9 +87,13 @@ def compiled(program: Mapping[str, Any], tensors: Tensors, channels: int, thread
     """
     if program["format"] != FORMAT:
         raise ValueError(f"format {program['format']!r}, expected {FORMAT}")
+    _expect(program, "format", "level", "operations")
     level = program["level"]
+    _expect(level, "input", "scale", "frequencies", "layers", "silu")
     if level["input"] not in ("level", "log_sigma"):
         raise ValueError(f"a level from {level['input']!r}, expected level or log_sigma")
+    for layer in level["layers"]:
+        _expect(layer, "weight", "bias")
     layers = [_linear(layer, tensors) for layer in level["layers"]]
     encoding = (level["input"] == "log_sigma", level["scale"], tensors[level["frequencies"]], layers, level["silu"])
     network = _native.Network(instructions, threads, channels, encoding)
@@ -97,6 +102,11 @@ def compiled(program: Mapping[str, Any], tensors: Tensors, channels: int, thread
         build.add(operation)
     build.finish()
     return network
+
+
+def _expect(found: Mapping[str, Any], *keys: str) -> None:
+    if set(found) != set(keys):
+        raise ValueError(f"found the keys {sorted(found)}, expected {sorted(keys)}")
 
 
 def _linear(layer: Mapping[str, str], tensors: Tensors) -> tuple[Floats, Floats]:
@@ -109,7 +119,8 @@ class _Build:
     def __init__(self, network: _native.Network, tensors: Tensors) -> None:
         self._network, self._tensors = network, tensors
         self._registers = dict[str, int]()
-        self._bands = ""  # the register that to_bands wrote
+        self._joined: int | None = None  # x and y in one register
+        self._bands = ("", 0.0)  # the register that to_bands wrote, and its detail
 
     def add(self, operation: Mapping[str, Any]) -> None:
         kind = operation["do"]
@@ -126,21 +137,31 @@ class _Build:
             self._network.result(self._registers["out"])
 
     def _source(self, name: str) -> int:
+        if self._registers[name] < 0:
+            raise ValueError("nothing reads what from_bands wrote")
         return self._registers[name]
 
+    def _sources(self, names: list[str]) -> list[int]:
+        if names != ["x", "y"]:
+            return [self._source(name) for name in names]
+        if self._joined is None:
+            self._joined = self._network.joined_planes()
+        return [self._joined]
+
     def _convolution(self, one: Mapping[str, Any]) -> int:
-        if list(one["from"]) == ["x", "y"] and "x, y" not in self._registers:
-            self._registers["x, y"] = self._network.joined_planes()
-        sources = [self._registers["x, y"]] if list(one["from"]) == ["x", "y"] else [self._source(name) for name in one["from"]]
         norm, level, tensors = one["norm"], one["level"], self._tensors
+        if norm is not None:
+            _expect(norm, "groups", "eps", "weight", "bias")
+        if level is not None:
+            _expect(level, "weight", "bias", "kind")
         return self._network.convolution(
-            sources,
+            self._sources(one["from"]),
             tensors[one["weight"]],
             None if one["bias"] is None else tensors[one["bias"]],
             stride=one["stride"],
             norm=norm and (norm["groups"], norm["eps"], tensors[norm["weight"]], tensors[norm["bias"]]),
             silu=one["silu"],
-            resample=one["resample"] or "none",
+            resample=_RESAMPLE[one["resample"]],
             level=level and _linear(level, tensors),
             scaled=bool(level) and {"shift": False, "scale_shift": True}[level["kind"]],
             after={None: False, "silu": True}[one["after"]],
@@ -150,7 +171,9 @@ class _Build:
 
     def _resample(self, one: Mapping[str, Any]) -> int:
         (source,) = one["from"]
-        return self._network.resampling(self._source(source), one["by"])
+        if one["by"] is None:
+            raise ValueError("resample goes up or down")
+        return self._network.resampling(self._source(source), _RESAMPLE[one["by"]])
 
     def _attention(self, one: Mapping[str, Any]) -> int:
         (source,) = one["from"]
@@ -159,10 +182,12 @@ class _Build:
     def _to_bands(self, one: Mapping[str, Any]) -> int:
         if list(one["from"]) != ["x", "y"]:
             raise ValueError("to_bands reads x and y")
-        self._bands = one["to"]
+        self._bands = one["to"], one["detail"]
         return self._network.to_bands(one["detail"])
 
     def _from_bands(self, one: Mapping[str, Any]) -> None:
-        if list(one["from"][:2]) != ["x", "y"] or one["to"] != "out":
-            raise ValueError("from_bands reads x, y and what was made of their bands, and writes out")
-        self._network.from_bands(self._source(self._bands), self._source(one["from"][2]), one["detail"], one["coarse"])
+        x, y, source = one["from"]
+        bands, detail = self._bands
+        if (x, y, one["to"], one["detail"]) != ("x", "y", "out", detail):
+            raise ValueError("from_bands reads x, y and what was made of their bands of the same detail, and writes out")
+        self._network.from_bands(self._source(bands), self._source(source), one["detail"], one["coarse"])

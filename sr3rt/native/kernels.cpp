@@ -103,6 +103,7 @@ void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, con
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
         for (int half = 0; half < 2; ++half) sums[r][half] = accumulate ? load(m + r * m_stride + half * LANES) : Vec{};
+#pragma GCC unroll 4
     for (std::size_t k = 0; k < depth; ++k) {
         const Vec left = load(b), right = load(b + LANES);
         __builtin_prefetch(next);
