@@ -1,0 +1,131 @@
+"""Networks through sr3rt's own engine for CPUs against float64: every architecture, and random ones under sanitizers.
+
+The engine is float32: that alone makes a relative difference of 5e-7 to 2e-6 here, in PyTorch as in the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import program_oracle  # noqa: E402
+from test_program import NETS, tensors, trained  # noqa: E402
+
+from sr3rt import _native  # noqa: E402
+from sr3rt.backends import Floats, native  # noqa: E402
+from sr3rt.backends.native import compiled  # noqa: E402
+from sr3rt.export.program import describe, dumps  # noqa: E402
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTRUCTIONS = ("auto", "avx2")
+LEVELS = (0.875, 0.25, 0.0078125)
+"""Powers of two, nearly: the paper's networks multiply the level by 5000, and float32 rounds that of others by up to 2e-4."""
+
+
+@cache
+def made(name: str) -> tuple[Any, dict[str, Any], int, int]:
+    """Program, weights, channels and stride."""
+    net = trained(name)
+    return json.loads(dumps(describe(net))), tensors(net), net.config.channels, net.config.stride
+
+
+def inputs(name: str, batch: int, height: int, width: int) -> tuple[Floats, Floats, Floats]:
+    """x, y and level of pictures whose sides are that many of the network's strides."""
+    _, _, channels, stride = made(name)
+    x, y = np.random.default_rng(1).standard_normal((2, batch, channels, height * stride, width * stride)).astype(np.float32)
+    level = np.array(LEVELS[:batch], np.float32).reshape(-1, 1)
+    return x, y, np.floor(level * 1000) if name == "ddpm_e" else level
+
+
+def run(network: _native.Network, x: Floats, y: Floats, level: Floats) -> Floats:
+    out = np.full_like(y, np.nan)
+    network.run(np.ascontiguousarray(x), np.ascontiguousarray(y), np.ascontiguousarray(level), out)
+    return out
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_a_network_is_computed(name: str, instructions: str) -> None:
+    """A square, and rectangles in a batch of 3 at mixed levels, one network after the other in the same memory."""
+    program, weights, channels, stride = made(name)
+    network = compiled(program, weights, channels, 2, instructions=instructions)
+    for shape in ((1, 1, 1), (3, 1, 2), (3, 2, 1), *(() if stride > 16 else ((3, 3, 5),))):
+        arrays = inputs(name, *shape)
+        expected, found = program_oracle.run(program, weights, *arrays), run(network, *arrays)
+        assert np.abs(expected).max() > 0.01
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_threads_and_neighbours_change_no_bit_of_a_network(name: str, instructions: str) -> None:
+    program, weights, channels, stride = made(name)
+    arrays = inputs(name, 3, *((2, 1) if stride > 16 else (3, 5)))
+    expected = run(compiled(program, weights, channels, 1, instructions=instructions), *arrays)
+    assert np.isfinite(expected).all()
+    for threads in (2, 3, 5):
+        network = compiled(program, weights, channels, threads, instructions=instructions)
+        assert (run(network, *arrays) == expected).all()
+        for i in range(3):
+            assert (run(network, *(array[i : i + 1] for array in arrays)) == expected[i : i + 1]).all()
+
+
+# --- random networks (native/fuzz.cpp)
+
+EXACT = ("-std=c++20", "-g0", "-fno-math-errno", "-fno-trapping-math")
+SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+NOT_THE_NETWORK = {"bindings.cpp", "network_bindings.cpp", "step.cpp", "kernels.cpp"}
+
+
+@pytest.fixture(scope="module")
+def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """native/fuzz.cpp with the engine; the engine, and what it reads and writes of the fuzz's memory, under sanitizers."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    folder, source = tmp_path_factory.mktemp("fuzz"), ROOT / "sr3rt" / "native"
+    empty = subprocess.run(
+        [compiler, *SANITIZED, "-x", "c++", "-", "-o", folder / "empty"], input="int main() {}", text=True, capture_output=True, check=False
+    )
+    if empty.returncode:
+        pytest.skip(f"the C++ compiler has no sanitizers: {empty.stderr.strip().splitlines()[-1]}")
+    kinds = re.findall(r"^ *sr3rt_kernels\((\w+) (\d+) (\d+) ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    assert {"avx2", "avx512", "wide"} == {name for name, *_ in kinds}
+    units = {path.stem: [*SANITIZED, path] for path in source.glob("*.cpp") if path.name not in NOT_THE_NETWORK}
+    units["fuzz"] = ["-O2", f"-I{source}", ROOT / "tests" / "native" / "fuzz.cpp"]  # it is the slower half by far
+    for name, lanes, rows, flags in kinds:
+        constants = [f"-DSR3_LANES={lanes}", f"-DSR3_ROWS={rows}", f"-DSR3_KERNELS={name}", f'-DSR3_NAME="{name}"']
+        units[name] = [*SANITIZED, "-ffp-contract=fast", *flags.split(), *constants, source / "kernels.cpp"]
+
+    def build(unit: str) -> None:
+        subprocess.run([compiler, *EXACT, *units[unit], "-c", "-o", folder / f"{unit}.o"], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(build, units))
+    objects = [folder / f"{unit}.o" for unit in units]
+    subprocess.run([compiler, "-fsanitize=address,undefined", *objects, "-pthread", "-o", folder / "fuzz"], check=True)
+    return folder / "fuzz"
+
+
+@pytest.mark.parametrize("kernels", ["avx2", "wide", "avx512"])
+def test_random_networks_are_computed_without_a_stray_access(fuzz: Path, kernels: str) -> None:
+    """`wide`: vectors as long as those of AVX-512, on any processor with AVX2."""
+    done = subprocess.run([fuzz, "40", "1", kernels], capture_output=True, text=True, check=False, timeout=300)
+    if kernels == "avx512" and done.returncode == 2:
+        pytest.skip("this processor has no AVX-512")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kernels}: 0 of 40 networks wrong" in done.stdout
