@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sr3rt.backends import native
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -109,6 +111,13 @@ def test_a_missing_extra_is_answered_with_the_pip_command(python: Path, tmp_path
         "except sr3rt.MissingExtra as error: print(error)"
     )
     assert 'pip install "sr3rt[cpu]"' in run(python, "-c", script, cwd=tmp_path)
+
+
+def test_a_picture_is_upscaled_without_any_extra(python: Path, tmp_path: Path) -> None:
+    if why := native.why_not():
+        pytest.skip(why)
+    script = "import numpy as np, sr3rt; print(sr3rt.upscale(np.zeros((8, 6, 3), np.uint8), steps=1).shape)"
+    assert run(python, "-c", script, cwd=tmp_path) == "(32, 24, 3)\n"
 
 
 def test_the_command_runs_without_any_extra(python: Path, tmp_path: Path) -> None:
