@@ -8,7 +8,7 @@
 namespace sr3 {
 namespace {
 
-constexpr int BLOCK_ROWS = 3, BLOCK_COLUMNS = 12;            // tiles of a piece of work
+constexpr int BLOCK_ROWS = 4, BLOCK_COLUMNS = 8;             // tiles of a piece of work
 constexpr std::size_t BLOCK = BLOCK_ROWS * BLOCK_COLUMNS;
 constexpr std::size_t SMALL = 64;                            // tiles of a picture up to which panels, not places, are shared out
 constexpr std::size_t GROUP = 2;                             // most panels that are made together from one reading of the input's points
