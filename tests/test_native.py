@@ -24,7 +24,7 @@ import pytest
 import tiny
 
 import sr3rt
-from sr3rt import backends, safetensors
+from sr3rt import _native, backends, safetensors
 from sr3rt.backends import Floats, Request, native
 from sr3rt.backends.native import compiled
 from sr3rt.bundle import PROGRAM, WEIGHTS, Bundle, write_manifest, writing
@@ -120,7 +120,7 @@ def test_auto_takes_onnxruntime_for_a_bundle_without_a_program(tmp_path: Path) -
 
 def test_auto_takes_onnxruntime_on_a_processor_without_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(native._native, "instructions", lambda: None)
+    monkeypatch.setattr(_native, "instructions", lambda: None)
     assert sr3rt.load().network.backend == "onnxruntime"
 
 
@@ -140,7 +140,7 @@ def test_auto_says_of_every_backend_why_it_cannot(shipped: Bundle) -> None:
         ({"device": "cuda"}, "runs on the cpu, device 'cuda' was asked for: use auto or cpu"),
     ],
 )
-def test_what_it_does_not_have_is_refused(shipped: Bundle, asked: dict[str, str], words: str) -> None:
+def test_what_it_does_not_have_is_refused(shipped: Bundle, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(BackendError, match=words):
         backends.load(shipped, Request("native", **asked))
 
@@ -152,7 +152,7 @@ def test_a_bundle_without_a_program_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_processor_without_avx2_is_refused(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native._native, "instructions", lambda: None)
+    monkeypatch.setattr(_native, "instructions", lambda: None)
     with pytest.raises(BackendError, match="needs a processor with AVX2 and FMA: use backend='onnxruntime'"):
         backends.load(shipped, Request("native"))
 
@@ -225,7 +225,30 @@ def test_no_change_of_a_program_is_another_error() -> None:
         convolution(to="g", norm={"groups": 3, "eps": 1e-5, "weight": "six", "bias": "six"}, silu=True, add="h", **{"from": ["h", "h"]}),
         convolution(level={"weight": "level", "bias": "b", "kind": "shift"}, after="silu", **{"from": ["g", "h"]}),
     )
-    others = [None, -1, 0, 1, 2, 2**31, 2**64, 1e300, True, "", "x", "h", "g", "w", "b", "up", "down", [], {}, ["g"], ["x"], ["h"] * 5]
+    others: list[Any] = [
+        None,
+        -1,
+        0,
+        1,
+        2,
+        2**31,
+        2**64,
+        1e300,
+        True,
+        "",
+        "x",
+        "h",
+        "g",
+        "w",
+        "b",
+        "up",
+        "down",
+        [],
+        {},
+        ["g"],
+        ["x"],
+        ["h"] * 5,
+    ]
     for _ in range(2000):
         changed = json.loads(json.dumps(good))
         part, key = chance.choice(list(parts(changed)))
@@ -366,8 +389,8 @@ def test_a_forked_child_runs_its_parents_network_and_its_own(shipped: Bundle, pi
     network = backends.load(shipped, Request("native", threads=3))
     expected = run(network, *pictures)
     assert status_of_child(lambda: bool((run(network, *pictures) == expected).all())) == 0
-    fresh = lambda: run(backends.load(shipped, Request("native", threads=3)), *pictures)  # noqa: E731
-    assert status_of_child(lambda: bool((fresh() == expected).all())) == 0
+    own = Request("native", threads=3)
+    assert status_of_child(lambda: bool((run(backends.load(shipped, own), *pictures) == expected).all())) == 0
     assert (run(network, *pictures) == expected).all()
 
 

@@ -105,7 +105,9 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"the C++ compiler has no sanitizers: {empty.stderr.strip().splitlines()[-1]}")
     kinds = re.findall(r"^ *sr3rt_kernels\((\w+) (\d+) (\d+) ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
     assert {"avx2", "avx512", "wide"} == {name for name, *_ in kinds}
-    units = {path.stem: [*SANITIZED, path] for path in source.glob("*.cpp") if path.name not in NOT_THE_NETWORK}
+    units: dict[str, list[str | Path]] = {
+        path.stem: [*SANITIZED, path] for path in source.glob("*.cpp") if path.name not in NOT_THE_NETWORK
+    }
     units["fuzz"] = ["-O2", f"-I{source}", ROOT / "tests" / "native" / "fuzz.cpp"]  # it is the slower half by far
     for name, lanes, rows, flags in kinds:
         constants = [f"-DSR3_LANES={lanes}", f"-DSR3_ROWS={rows}", f"-DSR3_KERNELS={name}", f'-DSR3_NAME="{name}"']
