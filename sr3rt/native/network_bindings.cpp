@@ -101,6 +101,7 @@ void run(sr3::Network& self, const Array& x, const Array& y, const Array& level,
 }  // namespace
 
 void bind_network(nb::module_& module) {
+    nb::set_leak_warnings(false);  // the models that `sr3rt.upscale` keeps are there when the interpreter ends
     module.def("instructions", []() -> std::optional<std::string> {
         const sr3::Kernels* best = sr3::kernels("auto");
         return best == nullptr ? std::nullopt : std::optional<std::string>(best->name);
