@@ -123,4 +123,4 @@ class Network:
         """
 
     def memory(self, count: int, height: int, width: int) -> int:
-        """Bytes that a run of so many pictures needs beside the weights and these arrays."""
+        """Bytes that a run of so many pictures takes beyond what the network holds already."""

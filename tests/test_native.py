@@ -290,7 +290,6 @@ def test_arrays_of_another_shape_are_refused() -> None:
             network.run(*arrays)
 
 
-@pytest.mark.xfail(reason="an array that nanobind converts is a copy, and what is written to it is lost")
 @pytest.mark.parametrize("out", [np.zeros((1, 3, 4, 4)), np.zeros((1, 3, 4, 8), np.float32)[..., ::2]], ids=["float64", "strided"])
 def test_a_result_that_would_be_lost_is_refused(out: Any) -> None:
     network, pixels = compiled(program(convolution()), tensors(), 3, 1), random(1, 3, 4, 4)
@@ -394,7 +393,6 @@ def test_a_forked_child_runs_its_parents_network_and_its_own(shipped: Bundle, pi
     assert (run(network, *pictures) == expected).all()
 
 
-@pytest.mark.xfail(reason="the pool joins threads that the child does not have: it aborts, or waits for the child's own")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("first", ["its own", "its parent's"])
 def test_a_forked_child_lets_go_of_networks(first: str, shipped: Bundle, pictures: tuple[Floats, Floats, Floats]) -> None:
@@ -422,7 +420,6 @@ def test_it_needs_neither_torch_nor_onnxruntime() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PHOTO.parent)
 
 
-@pytest.mark.xfail(reason="nanobind reports the model that the call keeps as a leak")
 def test_the_call_says_nothing_when_python_ends() -> None:
     code = f"import sr3rt; sr3rt.upscale({str(PHOTO)!r}, steps=1, backend='native')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PHOTO.parent)

@@ -40,7 +40,7 @@ class Planned(Protocol):
     """A network that knows beforehand what memory it takes."""
 
     def memory(self, count: int, height: int, width: int) -> int:
-        """Bytes, beside the weights and the bound arrays, that a call for so many pictures of that size needs."""
+        """Bytes that a call for so many pictures of that size takes beyond what the network holds already."""
         ...
 
 

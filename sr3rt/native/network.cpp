@@ -228,7 +228,10 @@ Extent Network::result_extent(int height, int width) const {
     return layers_.empty() || layers_.back()->to >= 0 ? Extent{} : layers_.back()->extent(made.extents, height, width);
 }
 
-std::size_t Network::memory_of(std::size_t count, int height, int width) { return plan(count, height, width).size * sizeof(float); }
+std::size_t Network::memory_of(std::size_t count, int height, int width) const {
+    const std::size_t size = plan(count, height, width).size, held = arena_size_;
+    return (size > held ? size - held : 0) * sizeof(float);
+}
 
 // Scale and shift of each projection: for every picture first the scales of all channels, then the shifts.
 std::vector<std::vector<float>> Network::levels(const Planar& planar) {

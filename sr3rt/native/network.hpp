@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -50,7 +51,7 @@ class Network {
     std::size_t channels() const { return channels_; }
     const Kernels& kernels() const { return kernels_; }
     Extent result_extent(int height, int width) const;  // 0×0 where there is no result
-    std::size_t memory_of(std::size_t count, int height, int width);  // bytes that such a run needs beside the weights
+    std::size_t memory_of(std::size_t count, int height, int width) const;  // bytes that such a run takes beyond what is held already
 
    private:
     struct Projection {
@@ -84,7 +85,7 @@ class Network {
     std::vector<Projection> projections_;
     std::mutex mutex_;  // guards the rest, and the pool
     Floats arena_;
-    std::size_t arena_size_ = 0;
+    std::atomic<std::size_t> arena_size_{0};
 };
 
 }  // namespace sr3

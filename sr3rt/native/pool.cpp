@@ -1,7 +1,10 @@
 #include "pool.hpp"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <system_error>
+#include <utility>
 
 namespace sr3 {
 namespace {
@@ -30,7 +33,7 @@ bool look(const Ready& ready) {
 
 }  // namespace
 
-Pool::Pool(unsigned threads) {
+Pool::Pool(unsigned threads) : process_(getpid()) {
     workers_.reserve(threads - 1);
     for (unsigned thread = 1; thread < threads; ++thread) {
         try {
@@ -42,6 +45,10 @@ Pool::Pool(unsigned threads) {
 }
 
 Pool::~Pool() {
+    if (getpid() != process_) {  // a fork has only the thread that made it; the others' handles can be neither joined nor destroyed
+        new std::vector<std::thread>(std::move(workers_));
+        return;
+    }
     ending_ = true;
     ++generation_;
     generation_.notify_all();

@@ -41,6 +41,7 @@ class Pool {
     std::atomic<std::uint32_t> generation_{0};  // what sleeping threads wait on
     std::atomic<bool> ending_{false};
     std::vector<std::thread> workers_;
+    int process_;  // whose threads they are
 };
 
 }  // namespace sr3
