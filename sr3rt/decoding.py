@@ -6,6 +6,7 @@ which belongs to the caller, and warns by it; `Limits` is ours, and is checked b
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import stat
@@ -13,17 +14,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from sr3rt.errors import ImageError, ImageTooLarge
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 ACCEPTED = "PNG, JPEG, WebP, BMP, TIFF and PPM"
 
@@ -38,13 +36,14 @@ class Limits:
 
 # The allow-list: a file's first bytes, from each format's specification, and the reader that they choose.
 # JpegImageFile and not `Image.open`: the latter takes a phone's JPEG with an embedded preview (MPO) for an animation.
-_READERS: tuple[tuple[Callable[[bytes], bool], type[ImageFile]], ...] = (
-    (lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
-    (lambda head: head.startswith(b"\xff\xd8\xff"), JpegImageFile),
-    (lambda head: head.startswith(b"RIFF") and head[8:12] == b"WEBP", WebPImageFile),
-    (lambda head: head.startswith(b"BM"), BmpImageFile),
-    (lambda head: head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), TiffImageFile),
-    (lambda head: head[:2] in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6") and head[2:3].isspace(), PpmImageFile),
+# Pillow's readers are imported one by one, when they are needed: all of them take longer than a small network's first step.
+_READERS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
+    (lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"), "Png"),
+    (lambda head: head.startswith(b"\xff\xd8\xff"), "Jpeg"),
+    (lambda head: head.startswith(b"RIFF") and head[8:12] == b"WEBP", "WebP"),
+    (lambda head: head.startswith(b"BM"), "Bmp"),
+    (lambda head: head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), "Tiff"),
+    (lambda head: head[:2] in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6") and head[2:3].isspace(), "Ppm"),
 )
 
 # What a refused file most often is, so that the message can say it.
@@ -80,12 +79,13 @@ def open_header(data: bytes, what: str) -> ImageFile:
     if not data:
         raise ImageError(f"{what}: the file is empty; expected a picture ({ACCEPTED})")
     head = data[:64]
-    reader = next((reader for matches, reader in _READERS if matches(head)), None)
-    if reader is None:
-        found = next((name for matches, name in _REFUSED if matches(head)), f"a file that begins with {head[:8]!r}")
+    name = next((name for matches, name in _READERS if matches(head)), None)
+    if name is None:
+        found = next((kind for matches, kind in _REFUSED if matches(head)), f"a file that begins with {head[:8]!r}")
         raise ImageError(f"{what}: found {found}; accepted are {ACCEPTED}: convert it first")
+    reader = getattr(importlib.import_module(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
     try:
-        image = reader(io.BytesIO(data))
+        image: ImageFile = reader(io.BytesIO(data))
     except Image.DecompressionBombError as error:  # Pillow's WebP reader has its own check
         raise ImageTooLarge(f"{what}: {error}") from error
     except Exception as error:  # decoders raise nearly anything on a damaged file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -260,7 +259,7 @@ class Upscaler:
 def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each picture, drawn where None was given. Raises OptionError."""
     if seed is None:
-        return [secrets.randbits(32) for _ in range(count)]
+        return [int.from_bytes(os.urandom(4)) for _ in range(count)]
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
     if len(seeds) != count:
         raise OptionError(f"{len(seeds)} seeds for {count} pictures: give one, or one for each")
