@@ -178,7 +178,7 @@ def _growth(memory: list[tuple[float, int]]) -> float:
     return statistics.median(slopes) * (half[-1][0] - half[0][0])
 
 
-def batching(*, seconds: float = 60, shares: tuple[float, ...] = (0.4, 0.6, 0.8, 0.95), side: int = 16) -> list[dict[str, Any]]:
+def batching(*, seconds: float = 30, shares: tuple[float, ...] = (0.4, 0.6, 0.8, 0.95), side: int = 16) -> list[dict[str, Any]]:
     """Step-level, whole-request and no batching under the same arrivals, of mixed steps: throughput and latency."""
     modes = {
         "step by step": Configuration(slots=4, max_requests=512),

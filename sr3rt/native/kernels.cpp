@@ -95,14 +95,15 @@ void fill(const Input& input, int row, int column, int rows, int columns, std::s
     }
 }
 
-// The register block: `rows` rows by one panel, summed over the depth in order.
+// The register block: `rows` rows by one panel, summed over the depth in order. What is there already is added at the end: sums of
+// short sums round less than one long sum.
 template <int rows>
 void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, const float* next,
                     float* m, std::size_t m_stride, bool accumulate) {
     Vec sums[rows][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
-        for (int half = 0; half < 2; ++half) sums[r][half] = accumulate ? load(m + r * m_stride + half * LANES) : Vec{};
+        for (int half = 0; half < 2; ++half) sums[r][half] = Vec{};
 #pragma GCC unroll 4
     for (std::size_t k = 0; k < depth; ++k) {
         const Vec left = load(b), right = load(b + LANES);
@@ -117,7 +118,10 @@ void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, con
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
-        for (int half = 0; half < 2; ++half) store(m + r * m_stride + half * LANES, sums[r][half]);
+        for (int half = 0; half < 2; ++half) {
+            float* to = m + r * m_stride + half * LANES;
+            store(to, accumulate ? load(to) + sums[r][half] : sums[r][half]);
+        }
 }
 
 using Block = void (*)(std::size_t, const float*, std::size_t, const float*, std::size_t, const float*, float*, std::size_t, bool);

@@ -27,13 +27,13 @@ class Winograd final : public Convolution {
           weights_(packed(kernels, registers, weight)) {
         tile_stride_ = inputs_ % 256 == 0 ? inputs_ + 16 : inputs_;  // rows 1 KiB apart would share few sets of the cache
         if (inputs_ * padded_ > KEPT) return;
-        depth_ = inputs_;
+        kept_ = true;
+        depth_ = inputs_ < 2 * DEPTH ? inputs_ : DEPTH;
         Floats points = floats(panels() * POINTS * weights_plane());
         for (std::size_t p = 0; p < panels(); ++p)
             kernels.transform_weights(weights_.get() + p * inputs_ * 9 * panel_, inputs_, points.get() + p * POINTS * weights_plane(),
                                       weights_plane());
         weights_ = std::move(points);
-        kept_ = true;
     }
 
     Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
@@ -71,7 +71,7 @@ class Winograd final : public Convolution {
         const std::size_t pieces = (panels() + GROUP - 1) / GROUP;
         return inputs_ >= WIDE && (pieces % threads == 0 || pieces >= 4 * threads) ? GROUP : 1;
     }
-    std::size_t weights_plane() const { return plane_of(depth_ * panel_); }
+    std::size_t weights_plane() const { return plane_of((kept_ ? inputs_ : depth_) * panel_); }
     std::size_t points_plane(std::size_t count) const { return plane_of(count * tile_stride_); }
     std::size_t sums_plane(std::size_t count) const { return plane_of(count * panel_); }
     std::size_t strip() const { return rounded_up((BLOCK_ROWS * TILE + 2) * (BLOCK_COLUMNS * TILE + 2) * inputs_, 16); }
@@ -85,7 +85,7 @@ class Winograd final : public Convolution {
             for (std::size_t panel = begin; !kept_ && panel < end; ++panel)
                 run.kernels.transform_weights(weights_.get() + (panel * inputs_ + first) * 9 * panel_, depth,
                                               transformed + (panel - begin) * weights_size, weights_plane());
-            const float* weights = kept_ ? weights_.get() + begin * weights_size : transformed;
+            const float* weights = kept_ ? weights_.get() + begin * weights_size + first * panel_ : transformed;
             for (int point = 0; point < POINTS; ++point)
                 for (std::size_t panel = 0; panel < end - begin; ++panel) {
                     const float* here = weights + panel * weights_size + point * weights_plane();
@@ -175,7 +175,7 @@ class Winograd final : public Convolution {
         });
     }
 
-    std::size_t panel_, depth_, tile_stride_;  // depth_: inputs that are multiplied at a time
+    std::size_t panel_, depth_, tile_stride_;  // depth_: inputs that are summed at a time
     Floats weights_;                           // packed, or, where kept_, their transforms: [panel][36 planes of [input][lane]]
     bool kept_ = false;
 };
