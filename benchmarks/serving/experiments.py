@@ -200,7 +200,13 @@ def batching(*, seconds: float = 30, shares: tuple[float, ...] = (0.4, 0.6, 0.8,
             for share in shares:
                 answers = asyncio.run(load.poisson(server.url, maker(), rate=share * capacity, seconds=seconds, seed=int(100 * share)))
                 taken = [answer.seconds for answer in answers if answer.status == 200]
-                row = {"mode": name, "saturated_per_s": saturated, "offered_per_s": share * capacity, "requests": len(answers)}
+                row = {
+                    "mode": name,
+                    "side": side,
+                    "saturated_per_s": saturated,
+                    "offered_per_s": share * capacity,
+                    "requests": len(answers),
+                }
                 rows.append({**row, "p50_s": percentile(taken, 50), "p90_s": percentile(taken, 90), "p99_s": percentile(taken, 99)})
     return rows
 

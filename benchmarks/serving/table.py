@@ -48,8 +48,9 @@ def _facts(report: dict[str, Any]) -> list[str]:
 
 
 def _batching(rows: list[dict[str, Any]]) -> list[str]:
+    side = rows[0]["side"]
     lines = [
-        "16×16 → 64×64, steps drawn from 4, 8, 16 and 50, the same Poisson arrivals for each way of batching:",
+        f"{side}×{side} → {4 * side}×{4 * side}, steps drawn from 4, 8, 16 and 50, the same Poisson arrivals for each way of batching:",
         "",
         "| batching | saturated, pictures/s | offered, pictures/s | requests | p50 | p90 | p99 |",
         "|---|---|---|---|---|---|---|",
@@ -57,21 +58,21 @@ def _batching(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         times = " | ".join(f"{row[name]:.2f} s" for name in ("p50_s", "p90_s", "p99_s"))
         lines.append(f"| {row['mode']} | {row['saturated_per_s']:.2f} | {row['offered_per_s']:.2f} | {row['requests']} | {times} |")
-    return [*lines, "", _at_equal_p99(rows)]
+    return [*lines, "", "Pictures a second at an equal p99, between these loads:", "", *(_at_equal_p99(rows, load) for load in (1, 2))]
 
 
-def _at_equal_p99(rows: list[dict[str, Any]]) -> str:
-    """What each way of batching carries at the p99 that whole requests have at the second load, between its own loads."""
+def _at_equal_p99(rows: list[dict[str, Any]], load: int) -> str:
+    """What each way of batching carries at the p99 that whole requests have at that load, between its own loads."""
     by_mode: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_mode.setdefault(row["mode"], []).append(row)
-    limit = by_mode["whole requests"][1]["p99_s"]
+    limit = by_mode["whole requests"][load]["p99_s"]
     carried = []
     for mode, loads in by_mode.items():
         times, rates = [row["p99_s"] for row in loads], [row["offered_per_s"] for row in loads]
         bound = "less than " if limit < times[0] else "more than " if limit > times[-1] else ""
         carried.append(f"{mode} {bound}{np.interp(limit, times, rates):.1f}")
-    return f"At a p99 of {limit:.2f} s, in pictures a second, between these loads: {', '.join(carried)}."
+    return f"- {limit:.2f} s: {', '.join(carried)}"
 
 
 def _sweep(rows: list[dict[str, Any]]) -> list[str]:
