@@ -4,13 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "clones.hpp"
 #include "layers.hpp"
-
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define SR3_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define SR3_CLONES
-#endif
 
 namespace sr3 {
 namespace {

@@ -9,14 +9,9 @@
 #include <thread>
 #include <vector>
 
-static_assert(sizeof(sr3::Row) == 7 * sizeof(float));
+#include "clones.hpp"
 
-// Also compiled for AVX2, chosen when the module is loaded; where the loader cannot (musl, macOS) the baseline serves.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define SR3_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define SR3_CLONES
-#endif
+static_assert(sizeof(sr3::Row) == 7 * sizeof(float));
 
 namespace sr3 {
 namespace {
