@@ -59,7 +59,9 @@ class Planted:
 
 def _ours(task: Task, backend: str) -> Stepper:
     request = backends.Request(backend, device=task.device if task.device == "cuda" else "auto", threads=task.threads)
-    network = backends.load(task.workload.bundle(), request)
+    workload = task.workload
+    bundle = workload.bundle_with_engine(task.batch) if backend == "tensorrt" else workload.bundle()
+    network = backends.load(bundle, request)
     loop = EngineLoop(network, task.condition(), task.rows(), threads=request.thread_count)
     return Planted(loop, task.plant) if task.plant is not None else loop
 
@@ -110,8 +112,8 @@ def _why_not_compiled(device: str) -> str | None:
 
 
 def _why_not_ours(backend: str, device: str) -> str | None:
-    if device != "cpu" and backend in ("native", "onnxruntime"):
-        return "this backend runs on the CPU"
+    if (device == "cpu") == (backend == "tensorrt"):
+        return f"this backend does not run on the {device}"
     return backends.why_not(backend)
 
 

@@ -79,10 +79,20 @@ class Workload:
                 partial,
                 Manifest(self.name, "sr3", parameters, 3, 8, stride, "eps", "sqrt_gamma", TRAINED, Defaults(100, "posterior")),  # type: ignore[arg-type]
             )
-            for old in CACHE.glob(f"{self.name}-*"):
+            for old in CACHE.glob(f"{self.name}-*"):  # with engines, too
                 shutil.rmtree(old)
             partial.replace(target)
         return Bundle.open(target)
+
+    def bundle_with_engine(self, batch: int) -> Bundle:
+        """The same with a TensorRT engine in float16 for this size and batch, built here and kept beside it."""
+        from sr3rt.export.to_trt import to_trt
+
+        plain = self.bundle()
+        target = CACHE / f"{self.name}-tensorrt-{plain.sha256[:12]}"
+        if not target.exists():
+            shutil.copytree(plain.path, target)
+        return Bundle.open(to_trt(target, batch=str(batch), size=str(self.side)))
 
     def parameters(self) -> int:
         """Number of weights, without making them."""

@@ -1,48 +1,34 @@
 """TensorRT's builder, whichever package of it is there: `tensorrt`, or `tensorrt_rtx` (TensorRT for RTX), which needs no GPU to build.
 
-Both have one API (10.16 and later, 11). TensorRT wants one logger and one builder in a process.
+TensorRT wants one logger and one builder in a process.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sr3rt.backends import cuda
+from sr3rt.backends.cuda import Gpu
+from sr3rt.backends.tensorrt import flavour, module
 from sr3rt.engines import PORTABLE
-from sr3rt.errors import BackendError, MissingExtra
-
-FLAVOURS = ("tensorrt", "tensorrt_rtx")
-
-
-def flavour() -> str:
-    """The package that is installed, `tensorrt` before `tensorrt_rtx`. Raises MissingExtra."""
-    for name in FLAVOURS:
-        if find_spec(name):
-            return name
-    raise MissingExtra("building engines", "tensorrt_rtx", "rtx")
+from sr3rt.errors import BackendError
 
 
 def version() -> str:
-    """That package's. Raises MissingExtra."""
-    return str(_tensorrt()[0].__version__)
+    """TensorRT's. Raises MissingExtra."""
+    return str(module()[0].__version__)
 
 
 def target() -> tuple[str, int | None]:
     """Compute capability and driver's major version that engines are built for. Raises MissingExtra, or BackendError without a GPU."""
     if flavour() == "tensorrt_rtx":
         return PORTABLE, None
-    try:
-        from cuda.bindings import runtime
-    except ModuleNotFoundError:
-        raise MissingExtra("building with tensorrt", "cuda.bindings", "gpu") from None
-    error, count = runtime.cudaGetDeviceCount()  # before anything of TensorRT's runtime, which crashes without a device
-    if int(error) != 0 or count < 1:
-        raise BackendError("tensorrt builds on the GPU that it builds for, and there is none: pip install tensorrt-rtx-cu13 builds without")
-    properties = runtime.cudaGetDeviceProperties(0)[1]
-    return f"{properties.major}.{properties.minor}", int(runtime.cudaDriverGetVersion()[1]) // 1000
+    if reason := cuda.why_not():
+        raise BackendError(f"tensorrt builds on the GPU that it builds for (pip install tensorrt-rtx-cu13 builds without): {reason}")
+    gpu = Gpu()
+    return ".".join(map(str, gpu.capability)), gpu.driver
 
 
 def build(
@@ -53,14 +39,15 @@ def build(
     tf32: whether float32 products may be rounded to TF32. timing_cache: read where it exists, and written.
     Raises BackendError with what TensorRT said.
     """
-    trt, log, builder = _tensorrt()
+    trt, logger, log = module()
     log.lines.clear()
+    builder = _builder()
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows nothing else
     network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, logger)
     if not (parser.parse_from_file(str(model)) if isinstance(model, Path) else parser.parse(model)):
         reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise BackendError(f"{flavour()} {version()} cannot read the network: {'; '.join(reasons or log.lines)}")
+        raise BackendError(f"{flavour()} {version()} cannot read the network: {'; '.join(reasons) or log.taken()}")
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for i in range(network.num_inputs):
         value = network.get_input(i)
@@ -75,29 +62,13 @@ def build(
         config.set_timing_cache(config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b""), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise BackendError(
-            f"{flavour()} {version()} cannot build the engine {batch}×{height}×{width}: {'; '.join(log.lines) or 'no reason given'}"
-        )
+        raise BackendError(f"{flavour()} {version()} cannot build the engine {batch}×{height}×{width}: {log.taken()}")
     if timing_cache is not None:
         timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
 
 
 @functools.cache
-def _tensorrt() -> tuple[Any, Any, Any]:
-    """Module, logger, builder."""
-    trt = importlib.import_module(flavour())
-
-    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps what goes wrong, for error messages."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.lines.append(message)
-
-    log = Log()
-    return trt, log, trt.Builder(log)
+def _builder() -> Any:
+    trt, logger, _ = module()
+    return trt.Builder(logger)

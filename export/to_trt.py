@@ -7,6 +7,7 @@ built, and an engine for each batch and size. Building with TensorRT for RTX nee
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,12 +25,14 @@ except ModuleNotFoundError:
 from cyclopts import App, Parameter
 
 from sr3rt import __version__, backends
-from sr3rt.bundle import HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, write_manifest, writing
+from sr3rt.backends.tensorrt import flavour
+from sr3rt.bundle import GOLDEN, HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, write_manifest, writing
 from sr3rt.engines import EngineKey
 from sr3rt.errors import BackendError, BundleCorrupt, OptionError
 from sr3rt.export import builder, parity
 from sr3rt.export.precision import half
 from sr3rt.export.progress import Progress, progress_line
+from sr3rt.golden import answer
 
 LIMITS = parity.Limits(net=5e-3, picture=5e-2)
 Shape = tuple[int, int, int]  # pictures, height, width
@@ -93,9 +96,10 @@ def to_trt(
                 with bundle.open_file(name) as source_file, (folder / name).open("wb") as copy:
                     shutil.copyfileobj(source_file, copy)
             manifest = _with_half(bundle, folder, shapes, progress) if precision == "fp16" else bundle.manifest
-            engines = _kept(manifest, folder)
-            if missing is None:
-                engines |= _build(folder, precision, shapes, opt_level, timing_cache, engines, progress)
+            kept = _kept(manifest, folder)
+            built = _build(folder, precision, shapes, opt_level, timing_cache, kept, progress) if missing is None else {}
+            engines = kept | built
+            _write_golden(bundle, folder, engines, [name for name in engines if engines[name] == kept.get(name)], progress)
             write_manifest(folder, replace(manifest, engines=engines))
     if missing:
         made = f"{target} has the network in {precision}, and no new engine" if precision == "fp16" else f"{target} has no new engine"
@@ -106,7 +110,6 @@ def to_trt(
 def _why_not() -> str | None:
     """Why no engine can be built here, or None."""
     try:
-        builder.flavour()
         builder.target()
     except BackendError as error:
         return str(error)
@@ -179,13 +182,31 @@ def _build(
     digest, (capability, driver) = _digest(graph), builder.target()
     engines = {}
     for i, (batch, height, width) in enumerate(shapes):
-        key = EngineKey(digest, precision, batch, height, width, builder.flavour(), builder.version(), capability, driver, opt_level)
+        key = EngineKey(digest, precision, batch, height, width, flavour(), builder.version(), capability, driver, opt_level)
         if kept.get(key.name) != asdict(key):
             progress(f"building the engine {batch}×{height}×{width} ({i + 1} of {len(shapes)})")
             plan = builder.build(graph, batch=batch, height=height, width=width, tf32=False, opt_level=opt_level, timing_cache=timing_cache)
             (folder / key.name).write_bytes(plan)
         engines[key.name] = asdict(key)
     return engines
+
+
+def _write_golden(bundle: Bundle, folder: Path, engines: Mapping[str, Mapping[str, Any]], kept: Sequence[str], progress: Progress) -> None:
+    """golden.json in `folder`: what each engine must answer, by the float32 network on the CPU; of those `kept`, what the bundle says."""
+    before = json.loads(bundle.read(GOLDEN)) if GOLDEN in bundle.manifest.files else {}
+    golden = {name: before[name] for name in kept if name in before}
+    reference = backends.load(bundle, backends.Request(device="cpu")) if engines.keys() - golden else None
+    answers: dict[Shape, list[float]] = {}
+    for name in engines.keys() - golden:
+        key = EngineKey.of(engines[name])
+        shape = key.batch, key.height, key.width
+        if reference and shape not in answers:
+            progress(f"computing what the engine {key.batch}×{key.height}×{key.width} must answer")
+            answers[shape] = [float(value) for value in answer(reference, bundle.manifest, *shape)]
+        golden[name] = answers[shape]
+    (folder / GOLDEN).unlink(missing_ok=True)
+    if golden:
+        (folder / GOLDEN).write_text(json.dumps(golden, sort_keys=True), encoding="utf-8")
 
 
 def _numbers(text: str) -> list[int]:

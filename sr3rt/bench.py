@@ -12,7 +12,7 @@ import numpy as np
 from sr3rt import backends
 from sr3rt.backends import Floats, Network
 from sr3rt.bundle import Bundle
-from sr3rt.engine import Engine, Job
+from sr3rt.engine import BringsEngine, Job, engine_of
 from sr3rt.errors import OptionError, SR3Error
 from sr3rt.noise import START
 from sr3rt.samplers import Sampler, Table, table
@@ -24,19 +24,22 @@ Noise = Callable[[int], Floats]
 
 
 class EngineLoop:
-    """Runs of `rows` for x (N, C, H, W), one after the other, as `Upscaler` drives them.
-
-    network: seconds spent in the network so far.
-    """
+    """Runs of `rows` for x (N, C, H, W), one after the other, as `Upscaler` drives them."""
 
     def __init__(self, network: Network, x: Floats, rows: Table, *, threads: int) -> None:
-        self.network = 0.0
         self._x, self._rows, self._seed = x, rows, 0
         batch, channels, height, width = x.shape
-        self._engine = Engine(_Timed(network, self), capacity=batch, channels=channels, height=height, width=width, threads=threads)
+        self._timed = network if isinstance(network, BringsEngine) else _Timed(network)
+        self._engine = engine_of(self._timed, capacity=batch, channels=channels, height=height, width=width, threads=threads)
         self._jobs: list[Job] = []
         self._last = np.zeros_like(x)
         self.start()
+
+    @property
+    def network(self) -> float:
+        """Seconds spent in the network so far; on a GPU, by its own clock, in the steps that are done."""
+        spent = self._timed.seconds if isinstance(self._timed, _Timed) else getattr(self._engine, "seconds", 0.0)
+        return float(spent)
 
     def start(self, noise: Noise | None = None) -> None:
         """New pictures, with new seeds; `noise` replaces the seeded noise."""
@@ -57,7 +60,8 @@ class EngineLoop:
             self._jobs = []
 
     def finish(self) -> None:
-        """Nothing: steps return when they are done."""
+        """Wait for a GPU's queued steps; a CPU's are done when they return."""
+        self._engine.wait()
 
     def prediction(self) -> Floats:
         """The latest x0, (N, C, H, W)."""
@@ -65,11 +69,11 @@ class EngineLoop:
 
 
 class _Timed:
-    """A `Network` that adds up the time spent in it."""
+    """A `Network` that adds up the seconds spent in it."""
 
-    def __init__(self, inner: Network, loop: EngineLoop) -> None:
+    def __init__(self, inner: Network) -> None:
         self.backend, self.device, self.precision = inner.backend, inner.device, inner.precision
-        self._inner, self._loop = inner, loop
+        self._inner, self.seconds = inner, 0.0
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
         run = self._inner.bind(x, y, level, out)
@@ -77,7 +81,7 @@ class _Timed:
         def timed() -> None:
             begin = time.perf_counter()
             run()
-            self._loop.network += time.perf_counter() - begin
+            self.seconds += time.perf_counter() - begin
 
         return timed
 
@@ -121,12 +125,13 @@ def measure(bundle: Bundle, *, size: int, batch: int, seconds: float, threads: i
         begin = time.perf_counter()
         try:
             network = backends.load(bundle, request)
+            load = time.perf_counter() - begin
+            loop = EngineLoop(network, x, rows, threads=request.thread_count)
+            loop.step()
+            loop.finish()
         except SR3Error as error:
             missing[name] = str(error)
             continue
-        load = time.perf_counter() - begin
-        loop = EngineLoop(network, x, rows, threads=request.thread_count)
-        loop.step()
         loops[name] = loop, network, load
     times: dict[str, list[float]] = {name: [] for name in loops}
     inside = {name: -loop.network for name, (loop, _, _) in loops.items()}
@@ -135,6 +140,7 @@ def measure(bundle: Bundle, *, size: int, batch: int, seconds: float, threads: i
         for name in random.sample(list(loops), len(loops)):
             begin = time.perf_counter()
             loops[name][0].step()
+            loops[name][0].finish()
             times[name].append(time.perf_counter() - begin)
     quiet = (watch.foreign() or 0.0) <= BUSY
     found = [

@@ -8,6 +8,7 @@
                            large initialisers are external data in weights.safetensors, whose SHA-256 it states as `weights_sha256`
       network.fp16.onnx    the graph in float16, strongly typed, with float32 inputs and output and its own weights (export/precision.py)
       *.plan               TensorRT engines of either graph (export/to_trt.py); `engines` in the manifest says where each may run
+      golden.json          what each engine must answer when it is loaded (sr3rt/golden.py)
 
 Bundles from before have no network.json; their weights are in network.onnx or, when large, in network.onnx.data. onnxruntime runs them.
 
@@ -39,6 +40,7 @@ from sr3rt.schedule import ScheduleSpec
 FORMAT = 1
 MANIFEST, WEIGHTS, PROGRAM, NETWORK, HALF = "sr3.json", "weights.safetensors", "network.json", "network.onnx", "network.fp16.onnx"
 WEIGHTS_BEFORE = "network.onnx.data"  # of bundles without WEIGHTS
+GOLDEN = "golden.json"
 Consistency = Literal["off", "final", "every"]
 _ZEROS = "0" * 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

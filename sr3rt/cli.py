@@ -64,11 +64,11 @@ def upscale(
     consistency
         Make the result agree with the input: off, final or every; the bundle's own when not given.
     backend
-        auto, native (needs AVX2) or onnxruntime.
+        auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2) or onnxruntime.
     precision
         auto, fp32 or fp16.
     device
-        auto or cpu.
+        auto, cpu, cuda, or cuda:1 for the second GPU.
     threads
         0: one for each core that this process may use.
     overwrite
@@ -207,11 +207,11 @@ def serve(
     max_pixels
         Pixels of results taken on at a time.
     backend
-        auto, native (needs AVX2) or onnxruntime.
+        auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2) or onnxruntime.
     precision
         auto, fp32 or fp16.
     device
-        auto or cpu.
+        auto, cpu, cuda, or cuda:1 for the second GPU.
     threads
         0: one for each core that this process may use.
     """

@@ -2,12 +2,15 @@
 
 Pictures of a batch, and requests that join and leave between steps, are the same thing here: a `Job` in a slot. Busy slots are kept
 at the front of the arrays, so the network runs on exactly the first n; a job's result does not depend on its slot or neighbours.
+
+`Engine` is the loop over arrays of the host; a network that lives on a GPU brings its own (backends/device.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,9 +53,15 @@ class Job:
         result[:, :height, :width] = np.clip(self.projection.project(x0[:, :height, :width], self.lr), -1, 1)
         return result
 
+    def result(self, y: Floats) -> Floats:
+        """What the job gives for the y (C, H, W) of its last step."""
+        return self.project(np.clip(y, -1, 1)) if self.consistency == "final" else y
+
 
 @dataclass(eq=False)
-class _Slot:
+class Slot:
+    """A job in an engine, and the row of its table that is next."""
+
     job: Job
     row: int = 0
 
@@ -71,6 +80,44 @@ class Ended:
         return self.outcome
 
 
+class Stepper(Protocol):
+    """An engine, wherever it runs; `Engine` says what each of these does."""
+
+    @property
+    def busy(self) -> int: ...
+    @property
+    def free(self) -> int: ...
+    def join(self, job: Job) -> None: ...
+    def leave(self, job: Job) -> None: ...
+    def prediction(self, job: Job) -> Floats: ...
+    def step(self) -> list[Ended]: ...
+    def wait(self) -> None: ...
+
+
+@runtime_checkable
+class BringsEngine(Protocol):
+    """A network with a loop of its own."""
+
+    def engine(self, *, capacity: int, channels: int, height: int, width: int) -> Stepper:
+        """As `engine_of`."""
+        ...
+
+
+def engine_of(network: Network, *, capacity: int, channels: int, height: int, width: int, threads: int = 1) -> Stepper:
+    """An engine of `capacity` slots for that network: its own, or else `Engine`. Raises BackendError."""
+    if isinstance(network, BringsEngine):
+        return network.engine(capacity=capacity, channels=channels, height=height, width=width)
+    return Engine(network, capacity=capacity, channels=channels, height=height, width=width, threads=threads)
+
+
+def not_finite(network: Network, step: int, steps: int) -> NonFiniteError:
+    """The error of a job in whose step (from 1) something was NaN or infinite."""
+    return NonFiniteError(
+        f"step {step} of {steps} produced NaN or infinity on backend {network.backend} in {network.precision}: "
+        "the weights or the schedule are not usable; `sr3rt info` shows what the bundle was measured at"
+    )
+
+
 class Engine:
     """`capacity` slots of (channels, height, width). Not thread-safe: an engine belongs to one caller; networks are shared.
 
@@ -84,7 +131,7 @@ class Engine:
         self._x0_new: Floats | None = None  # only consistency "every" needs it
         self._levels = np.zeros((capacity, 1), np.float32)
         self._runs: dict[int, Callable[[], None]] = {}
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
 
     @property
     def busy(self) -> int:
@@ -110,7 +157,7 @@ class Engine:
         else:
             one = slice(n, n + 1)
             _native.normals(self._y[one], np.array([job.seed], np.uint64), np.array([START], np.uint32), threads=self._threads)
-        self._slots.append(_Slot(job))
+        self._slots.append(Slot(job))
 
     def leave(self, job: Job) -> None:
         """Take a job out, finished or not. Raises OptionError when it is not here."""
@@ -146,24 +193,20 @@ class Engine:
         for i, slot in enumerate(self._slots):
             slot.row += 1
             if i in broken:
-                ended.append(Ended(slot.job, self._not_finite(slot)))
+                ended.append(Ended(slot.job, not_finite(self._network, slot.row, len(slot.job.table))))
             elif slot.row == len(slot.job.table):
-                y = self._y[i].copy()
-                ended.append(Ended(slot.job, slot.job.project(np.clip(y, -1, 1)) if slot.job.consistency == "final" else y))
+                ended.append(Ended(slot.job, slot.job.result(self._y[i].copy())))
         for one in ended:
             self.leave(one.job)
         return ended
+
+    def wait(self) -> None:
+        """Until what `step` began is done: on the host it is."""
 
     def _broken(self, n: int) -> set[int]:
         """The slots that hold NaN or infinity; all n, where only an intermediate value did and so none does."""
         found = {i for i in range(n) if not (np.isfinite(self._out[i]).all() and np.isfinite(self._y[i]).all())}
         return found or set(range(n))
-
-    def _not_finite(self, slot: _Slot) -> NonFiniteError:
-        return NonFiniteError(
-            f"step {slot.row} of {len(slot.job.table)} produced NaN or infinity on backend {self._network.backend} in "
-            f"{self._network.precision}: the weights or the schedule are not usable; `sr3rt info` shows what the bundle was measured at"
-        )
 
     def _advance(self, n: int, rows: NDArray[np.float32]) -> bool:
         """x0 and y of the n busy slots from the network's output. The common case is one fused pass."""

@@ -15,7 +15,7 @@ from sr3rt import backends, memory
 from sr3rt.backends import Floats, Network, Planned, Request
 from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
-from sr3rt.engine import Engine, Job, Noise
+from sr3rt.engine import Job, Noise, Stepper, engine_of
 from sr3rt.errors import Cancelled, ImageTooLarge, OptionError
 from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
 from sr3rt.samplers import Sampler, Table, table
@@ -232,7 +232,7 @@ class Upscaler:
         for (channels, height, width), waiting in sizes.items():
             fits = max(1, (memory.available() or 2**62) // self._bytes(height, width))
             capacity = min(len(waiting), self._batch, fits)
-            engine = Engine(self.network, capacity=capacity, channels=channels, height=height, width=width, threads=self.threads)
+            engine = engine_of(self.network, capacity=capacity, channels=channels, height=height, width=width, threads=self.threads)
             queue, running = list(waiting), dict[Job, Task]()
             while queue or engine.busy:
                 while queue and engine.free:
@@ -246,7 +246,7 @@ class Upscaler:
                     raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
         return results
 
-    def _preview(self, tasks: list[Task], engine: Engine, running: dict[Job, Task], results: dict[Task, Floats], single: bool) -> Any:
+    def _preview(self, tasks: list[Task], engine: Stepper, running: dict[Job, Task], results: dict[Task, Floats], single: bool) -> Any:
         def one(task: Task) -> Any:
             if task.job in running:
                 return self.picture(task, engine.prediction(task.job))
@@ -281,12 +281,12 @@ def load(
 ) -> Upscaler:
     """Open a bundle (None: the one that ships) on a backend.
 
-    backend: "auto", "native" (sr3rt's own engine; needs AVX2) or "onnxruntime". precision: "auto", "fp32" or "fp16" (onnxruntime's, slow).
-    device: "auto" or "cpu".
+    backend: "auto", "tensorrt" (a GPU, and a bundle with engines), "native" (sr3rt's own engine; needs AVX2) or "onnxruntime".
+    precision: "auto", "fp32" or "fp16" (TensorRT's; onnxruntime's is slow). device: "auto", "cpu", "cuda" or "cuda:1", the second GPU.
     threads: 0, one for each core that this process may use. batch: most pictures in one network call. limits: of the pictures taken
     (`sr3rt.images.Limits`).
 
-    Raises BundleNotFound, BundleCorrupt, BundleIncompatible, OptionError, BackendError, MissingExtra.
+    Raises BundleNotFound, BundleCorrupt, BundleIncompatible, EngineRefused, OptionError, BackendError, MissingExtra.
     """
     bundle = Bundle.open(SHIPPED if model is None else model)
     request = Request(backend, precision, device, threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_on_host import Cuda, compiled
 from numpy.typing import NDArray
+
+from sr3rt.backends import kernels
 
 collect_ignore = [] if find_spec("tritonclient") else ["server"]  # `make test` runs those in an environment of their own
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin beside onnxruntime's
@@ -41,3 +45,24 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return target
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def step_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """step.cu compiled for the host."""
+    return compiled(tmp_path_factory.mktemp("step"))
+
+
+@pytest.fixture
+def gpu(step_on_host: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cuda]:
+    """`gpu(total=…, devices=…, driver=…)`: from here on CUDA is one that runs on the host (cuda_on_host.py)."""
+    bindings = pytest.importorskip("cuda.bindings")
+
+    def put(**options: Any) -> Cuda:
+        cuda = Cuda(step_on_host, **options)
+        for name in ("runtime", "driver"):
+            monkeypatch.setattr(bindings, name, getattr(cuda, name), raising=False)
+        monkeypatch.setattr(kernels, "load", lambda capability: b"\x7fELF")
+        return cuda
+
+    return put

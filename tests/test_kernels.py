@@ -12,32 +12,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_on_host import launch
 from numpy.typing import NDArray
 
 from sr3rt import _native
-from sr3rt.backends import kernels
+from sr3rt.backends import cuda, kernels
+from sr3rt.backends.device import SLOT
 from sr3rt.errors import BackendError, MissingExtra
 from sr3rt.noise import START, normals
 from sr3rt.samplers import LEVEL, Sampler, Table, table
 from sr3rt.schedule import named, respace
 
-SLOT = np.dtype([("seed", np.uint64), ("first", np.uint32), ("rows", np.uint32), ("row", np.uint32), ("broken", np.uint32)])
 NAMES = ("sr3_levels", "sr3_start", "sr3_step", "sr3_next")
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """`host(kernel, *arguments)`: arrays as pointers, numbers as unsigned."""
-    library = tmp_path_factory.mktemp("host") / "step.so"
-    source = Path(__file__).parent / "data" / "step_on_host.cpp"
-    compiler = shutil.which("c++") or "g++"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", f"-I{kernels.NATIVE}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+@pytest.fixture
+def host(step_on_host: ctypes.CDLL) -> Callable[..., None]:
+    """`host(kernel, blocks, arguments)`: arrays as pointers."""
 
-    def call(name: str, *arguments: Any) -> None:
-        as_c = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_uint(a) for a in arguments]
-        getattr(loaded, name)(*as_c)
+    def call(name: str, blocks: tuple[int, int], *arguments: Any) -> None:
+        values = tuple(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments)
+        launch(step_on_host, f"sr3_{name}", blocks, 64, values, cuda._TYPES[f"sr3_{name}"])
 
     return call
 
@@ -53,20 +48,18 @@ def network(x: NDArray[np.float32], y: NDArray[np.float32], level: NDArray[np.fl
 @pytest.mark.parametrize("channels", [1, 3, 4, 6])
 def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(host: Callable[..., None], channels: int) -> None:
     runs = [run("sr3", 5), run("dpm++2m", 9), run("ddim(0.5)", 3), run("posterior", 1)]
-    tables = np.concatenate(runs)
-    firsts = np.cumsum([0, *[len(one) for one in runs[:-1]]])
     slots = np.zeros(5, SLOT)  # the last is idle
-    for slot, one, first, seed in zip(slots, runs, firsts, (3, 2**63 + 1, 5, 7), strict=False):
-        slot["seed"], slot["first"], slot["rows"] = seed, first, len(one)
+    for slot, one, seed in zip(slots, runs, (3, 2**63 + 1, 5, 7), strict=False):
+        slot["seed"], slot["table"], slot["rows"] = seed, one.ctypes.data, len(one)
     shape = (5, channels, 9, 13)
     x, y, x0 = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for i in range(4):
-        host("start", y, slots, i, *shape[1:])
+        host("start", (2, 1), y, slots, i, *shape[1:])
         assert (y[i] == normals(shape[1:], seed=int(slots[i]["seed"]), step=START)).all()
     y[4] = 0.25
     expected_y, expected_x0, level = y.copy(), x0.copy(), np.zeros(5, np.float32)
     for k in range(9):
-        host("levels", level, tables, slots, 5)
+        host("levels", (1, 1), level, slots, 5)
         busy = [i for i in range(4) if k < len(runs[i])]
         assert level.tolist() == [runs[i][k][LEVEL] if i in busy else 1.0 for i in range(5)]
         net = network(x, y, level)
@@ -75,8 +68,8 @@ def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(host:
             assert _native.step(
                 expected_y[one], net[one], expected_x0[one], runs[i][k : k + 1], slots["seed"][one].copy(), steps, clip=True, threads=1
             )
-        host("step", y, net, x0, tables, slots, 5, *shape[1:])
-        host("next", slots, 5)
+        host("step", (2, 5), y, net, x0, slots, *shape[1:])
+        host("next", (1, 1), slots, 5)
         assert (y == expected_y).all()
         assert (x0 == expected_x0).all()
     assert slots["row"].tolist() == [5, 9, 3, 1, 0]
@@ -85,14 +78,14 @@ def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(host:
 
 def test_the_step_in_which_a_slot_broke_is_kept(host: Callable[..., None]) -> None:
     rows, slots, shape = run("ddim", 4), np.zeros(2, SLOT), (2, 3, 4, 4)
-    slots["rows"] = 4
+    slots["rows"], slots["table"] = 4, rows.ctypes.data
     y, x0, net = (np.zeros(shape, np.float32) for _ in range(3))
     for k in range(4):
         net[:] = 0
         if k in (1, 2):
             net[1, 2, 3, 3] = np.inf
-        host("step", y, net, x0, rows, slots, 2, *shape[1:])
-        host("next", slots, 2)
+        host("step", (1, 2), y, net, x0, slots, *shape[1:])
+        host("next", (1, 1), slots, 2)
     assert slots["broken"].tolist() == [0, 2]
 
 

@@ -7,20 +7,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import GOLDEN, NAMES
+from cuda_on_host import Cuda
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")
 
-from sr3rt.backends import Request, load  # noqa: E402
+from sr3rt.backends import Request, cuda, load, tensorrt  # noqa: E402
 from sr3rt.bundle import Bundle, write_manifest  # noqa: E402
 from sr3rt.engines import EngineKey  # noqa: E402
-from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, MissingExtra, OptionError, ParityError  # noqa: E402
+from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, OptionError, ParityError  # noqa: E402
 from sr3rt.export import builder  # noqa: E402
 from sr3rt.export import to_trt as script  # noqa: E402
 from sr3rt.export.precision import half  # noqa: E402
@@ -222,7 +222,7 @@ def test_a_manifest_with_a_broken_key_is_refused(broken: dict[str, Any], bundle:
 
 
 def test_without_tensorrt_the_float16_network_is_made_and_the_rest_is_said(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "FLAVOURS", ("no_tensorrt",))
+    monkeypatch.setattr(tensorrt, "FLAVOURS", ("no_tensorrt",))
     with pytest.raises(BackendError, match=r'has the network in fp16, and no new engine: .*pip install "sr3rt\[rtx\]"'):
         to_trt(bundle, size="32")
     made = Bundle.open(bundle)
@@ -230,20 +230,16 @@ def test_without_tensorrt_the_float16_network_is_made_and_the_rest_is_said(bundl
     assert "network.fp16.onnx" in made.manifest.files and not made.manifest.engines
 
 
-def test_tensorrt_proper_says_that_it_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_proper_says_that_it_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Callable[..., Cuda]) -> None:
     monkeypatch.setattr(builder, "flavour", lambda: "tensorrt")
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingExtra, match=r'pip install "sr3rt\[gpu\]"'):
+    with monkeypatch.context() as without:
+        without.setattr(cuda, "find_spec", lambda name: None)
+        with pytest.raises(BackendError, match=r'builds on the GPU that it builds for .* pip install "sr3rt\[gpu\]"'):
+            builder.target()
+    gpu(devices=0)
+    with pytest.raises(BackendError, match=r"\(pip install tensorrt-rtx-cu13 builds without\): CUDA finds no GPU"):
         builder.target()
-    runtime = SimpleNamespace(cudaGetDeviceCount=lambda: (100, 0))
-    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=SimpleNamespace(runtime=runtime)))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=runtime))
-    with pytest.raises(BackendError, match="there is none: pip install tensorrt-rtx-cu13"):
-        builder.target()
-    device = SimpleNamespace(major=9, minor=0)
-    runtime.cudaGetDeviceCount = lambda: (0, 1)
-    runtime.cudaGetDeviceProperties = lambda index: (0, device)
-    runtime.cudaDriverGetVersion = lambda: (0, 13000)
+    gpu()
     assert builder.target() == ("9.0", 13)
 
 

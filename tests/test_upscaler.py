@@ -203,7 +203,7 @@ def test_alpha_and_grey_come_through(up: Upscaler, photo: Image.Image) -> None:
 def test_unknown_backends_precisions_and_devices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(sr3rt.BundleNotFound, match="expected a folder"):
         sr3rt.load(tmp_path)
-    with pytest.raises(sr3rt.OptionError, match="unknown backend 'magic': expected auto, native, onnxruntime"):
+    with pytest.raises(sr3rt.OptionError, match="unknown backend 'magic': expected auto, tensorrt, native, onnxruntime"):
         sr3rt.load(backend="magic")
     with pytest.raises(sr3rt.BackendError, match="precision 'fp8' was asked for"):
         sr3rt.load(precision="fp8")

@@ -60,11 +60,15 @@ class Request:
         return self.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
-MODULES = {"native": "sr3rt.backends.native", "onnxruntime": "sr3rt.backends.onnxruntime"}
+MODULES = {
+    "tensorrt": "sr3rt.backends.tensorrt",
+    "native": "sr3rt.backends.native",
+    "onnxruntime": "sr3rt.backends.onnxruntime",
+}
 """Each module has `load(bundle, request) -> Network`, `why_not() -> str | None`, which says why it cannot run here, and
 `refusal(bundle, request) -> str | None`, which says why it cannot do what is asked with that bundle."""
 
-ORDER = ("native", "onnxruntime")
+ORDER = ("tensorrt", "native", "onnxruntime")
 """What "auto" tries, best first."""
 
 

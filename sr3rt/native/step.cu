@@ -16,10 +16,11 @@ namespace sr3 {
 // A slot, as it lies in device memory.
 struct Slot {
     std::uint64_t seed;
-    std::uint32_t first;   // row of `table` at which this slot's table begins
-    std::uint32_t rows;    // of its table
+    const Row* table;      // null where there are no rows
+    std::uint32_t rows;    // of the table
     std::uint32_t row;     // the next to do, from 0
     std::uint32_t broken;  // step, from 1, in which a value first was NaN or infinite; 0: none
+    std::uint32_t unused;
 };
 
 constexpr float IDLE_LEVEL = 1.0f;  // finite in every network
@@ -27,9 +28,9 @@ constexpr float IDLE_LEVEL = 1.0f;  // finite in every network
 SR3_FN bool busy(const Slot& slot) { return slot.row < slot.rows; }
 
 // net (slots): what the network is told.
-extern "C" __global__ void sr3_levels(float* level, const Row* table, const Slot* slots, std::uint32_t count) {
+extern "C" __global__ void sr3_levels(float* level, const Slot* slots, std::uint32_t count) {
     const std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) level[i] = busy(slots[i]) ? table[slots[i].first + slots[i].row].level : IDLE_LEVEL;
+    if (i < count) level[i] = busy(slots[i]) ? slots[i].table[slots[i].row].level : IDLE_LEVEL;
 }
 
 // y_T of slot `which`, when a picture joins.
@@ -48,13 +49,13 @@ extern "C" __global__ void sr3_start(float* y, const Slot* slots, std::uint32_t 
 }
 
 // A thread does all channels of a pixel, whose normals come by fours.
-extern "C" __global__ void sr3_step(float* y, const float* net, float* x0, const Row* table, Slot* slots, std::uint32_t channels,
-                                    std::uint32_t height, std::uint32_t width) {
+extern "C" __global__ void sr3_step(float* y, const float* net, float* x0, Slot* slots, std::uint32_t channels, std::uint32_t height,
+                                    std::uint32_t width) {
     const std::uint32_t plane = height * width;
     const std::uint32_t pixel = blockIdx.x * blockDim.x + threadIdx.x;
     const Slot slot = slots[blockIdx.y];
     if (pixel >= plane || !busy(slot)) return;
-    const Row row = table[slot.first + slot.row];
+    const Row row = slot.table[slot.row];
     const Key key = key_of(slot.seed);
     const std::size_t corner = std::size_t{blockIdx.y} * channels * plane + pixel;
     std::uint32_t seen = 0;

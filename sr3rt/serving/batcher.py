@@ -14,7 +14,7 @@ import time
 from typing import Literal
 
 from sr3rt.backends import Floats, Network
-from sr3rt.engine import Engine, Job
+from sr3rt.engine import Job, Stepper, engine_of
 from sr3rt.errors import Cancelled, DeadlineExceeded, OptionError, Stopped
 from sr3rt.serving.counts import Counts
 from sr3rt.serving.ticket import OnStep, Ticket
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class _Lane:
     """The running requests of one size."""
 
-    def __init__(self, engine: Engine, clock: float) -> None:
+    def __init__(self, engine: Stepper, clock: float) -> None:
         self.engine, self.clock = engine, clock
         self.tickets: dict[Job, Ticket] = {}
 
@@ -215,7 +215,7 @@ class Batcher:
 
     def _lane(self, shape: tuple[int, ...]) -> _Lane:
         channels, height, width = shape
-        engine = Engine(self._network, capacity=self._slots, channels=channels, height=height, width=width, threads=self._threads)
+        engine = engine_of(self._network, capacity=self._slots, channels=channels, height=height, width=width, threads=self._threads)
         return _Lane(engine, 0.0)
 
     def _step(self, lane: _Lane) -> None:

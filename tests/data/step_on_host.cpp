@@ -1,6 +1,8 @@
 // sr3rt/native/step.cu on the host: every thread of every launch, one after another. For test_kernels.py.
 
 #include <cstdint>
+#include <string_view>
+#include <utility>
 
 #define __global__
 
@@ -15,29 +17,34 @@ unsigned atomicCAS(unsigned* address, unsigned expected, unsigned value) {
     return found;
 }
 
-template <class Kernel>
-void launch(unsigned blocks, unsigned rows, unsigned threads, const Kernel& kernel) {
-    blockDim.x = threads;
-    for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-            for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel();
-}
 }  // namespace
 
 #include "step.cu"
 
-extern "C" {
-void levels(float* level, const sr3::Row* table, const sr3::Slot* slots, unsigned count) {
-    launch(1, 1, 32, [=] { sr3::sr3_levels(level, table, slots, count); });
+namespace {
+template <class... Arguments, std::size_t... I>
+void call(void (*kernel)(Arguments...), void** parameters, std::index_sequence<I...>) {
+    kernel(*static_cast<Arguments*>(parameters[I])...);
 }
-void start(float* y, const sr3::Slot* slots, unsigned which, unsigned channels, unsigned height, unsigned width) {
-    launch((height * width + 63) / 64, 1, 64, [=] { sr3::sr3_start(y, slots, which, channels, height, width); });
+
+template <class... Arguments>
+bool call(void (*kernel)(Arguments...), void** parameters) {
+    call(kernel, parameters, std::index_sequence_for<Arguments...>{});
+    return true;
 }
-void step(float* y, const float* net, float* x0, const sr3::Row* table, sr3::Slot* slots, unsigned count, unsigned channels,
-          unsigned height, unsigned width) {
-    launch((height * width + 63) / 64, count, 64, [=] { sr3::sr3_step(y, net, x0, table, slots, channels, height, width); });
-}
-void next(sr3::Slot* slots, unsigned count) {
-    launch(1, 1, 32, [=] { sr3::sr3_next(slots, count); });
-}
+}  // namespace
+
+// As cuLaunchKernel: `parameters` points to each argument. Returns whether there is a kernel of that name.
+extern "C" bool launch(const char* name, unsigned columns, unsigned rows, unsigned threads, void** parameters) {
+    const std::string_view wanted = name;
+    blockDim.x = threads;
+    bool found = true;
+    for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < columns; ++blockIdx.x)
+            for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+                found = (wanted == "sr3_levels" && call(sr3::sr3_levels, parameters)) ||
+                        (wanted == "sr3_start" && call(sr3::sr3_start, parameters)) ||
+                        (wanted == "sr3_step" && call(sr3::sr3_step, parameters)) ||
+                        (wanted == "sr3_next" && call(sr3::sr3_next, parameters));
+    return found;
 }

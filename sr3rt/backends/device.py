@@ -1,0 +1,306 @@
+"""The loop on a GPU. State, tables and levels stay there; a step is one captured graph, in which the network runs between the kernels
+of native/step.cu, and the host neither computes nor waits until a picture is done.
+
+What the step does is read from device memory, so one graph serves every step of every sampler and request: there is one for each way
+in which the busy slots are put together from the batch sizes that the network has (`cover`), and slots join and leave without another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from sr3rt.backends import Floats
+from sr3rt.backends.cuda import ALIGNED, Event, Gpu, Graph, Memory, Pinned, Stream
+from sr3rt.engine import Ended, Engine, Job, Slot, not_finite
+from sr3rt.errors import BackendError, OptionError
+
+Enqueue = Callable[[int, int, int, int], None]
+"""`enqueue(x, y, level, out)` puts one call of the network on its stream; addresses on the GPU."""
+
+SLOT = np.dtype([("seed", "u8"), ("table", "u8"), ("rows", "u4"), ("row", "u4"), ("broken", "u4"), ("unused", "u4")])
+"""`Slot` of native/step.cu."""
+
+AHEAD = 2  # steps that may be queued on the GPU: it never waits for the host, and who joins waits for no more than these
+TABLES = 32  # different runs whose tables are kept
+THREADS = 256  # of a block
+
+
+class DeviceNetwork(Protocol):
+    """What runs on a GPU: a `Network` whose calls can be put on a stream."""
+
+    backend: str
+    device: str
+    precision: str
+    gpu: Gpu
+
+    def batches(self, height: int, width: int) -> tuple[int, ...]:
+        """Pictures of that size that one call can take, ascending. Raises BackendError where there is none."""
+        ...
+
+    def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
+        """Calls for exactly so many pictures, on that stream. Raises BackendError."""
+        ...
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        """As `Network.bind`."""
+        ...
+
+
+def cover(count: int, batches: Iterable[int]) -> list[tuple[int, int]]:
+    """Calls (first slot, batch size) that take `count` pictures: the smallest batch that holds the rest, else the largest there is."""
+    sizes, calls, first = sorted(batches), list[tuple[int, int]](), 0
+    while first < count:
+        size = next((one for one in sizes if one >= count - first), sizes[-1])
+        calls.append((first, size))
+        first += size
+    return calls
+
+
+class Stage:
+    """Device memory for `capacity` pictures of one size, and the network over it.
+
+    x, y, net, x0: addresses of (slots, C, H, W) float32; `slots` is what the calls that take `capacity` pictures take.
+    """
+
+    def __init__(self, network: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int) -> None:
+        self.gpu, self._network = network.gpu, network
+        self.gpu.use()
+        self.shape, self.picture = (channels, height, width), channels * height * width * np.dtype(np.float32).itemsize
+        self._batches = network.batches(height, width)
+        first, last = cover(capacity, self._batches)[-1]
+        self.slots = first + last
+        if first and any(start * self.picture % ALIGNED for start, _ in cover(capacity, self._batches)):
+            raise BackendError(
+                f"{capacity} pictures of {height}×{width} do not fit one engine of {network.backend}, and cannot be split between calls, "
+                f"which begin at multiples of {ALIGNED} bytes: use a batch of {max(self._batches)}, or build a larger engine"
+            )
+        part = -(-self.slots * self.picture // ALIGNED) * ALIGNED
+        self.stream = Stream()
+        self._memory = Memory(self.gpu, 4 * part + self.slots * ALIGNED, f"a batch of {self.slots} pictures of {width}×{height}")
+        self.stream.clear(self._memory.address, self._memory.size)
+        self.x, self.y, self.net, self.x0, self._levels = (self._memory.address + i * part for i in range(5))
+        self._enqueuers: dict[int, Enqueue] = {}
+
+    def cover(self, count: int) -> list[tuple[int, int]]:
+        """The network's calls for the first `count` slots."""
+        return cover(count, self._batches)
+
+    def level(self, first: int) -> int:
+        """Address of the levels of the call whose first slot that is."""
+        return self._levels + first * ALIGNED
+
+    def predict(self, calls: Iterable[tuple[int, int]]) -> None:
+        """Enqueue calls of the network."""
+        for first, batch in calls:
+            if batch not in self._enqueuers:
+                self._enqueuers[batch] = self._network.enqueuer(batch, *self.shape[1:], self.stream)
+            at = first * self.picture
+            self._enqueuers[batch](self.x + at, self.y + at, self.level(first), self.net + at)
+
+
+def bind(network: DeviceNetwork, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+    """`Network.bind` for a network on a GPU: everything is copied there and back in each call."""
+    stage = Stage(network, capacity=len(x), channels=x.shape[1], height=x.shape[2], width=x.shape[3])
+    calls, stream = stage.cover(len(x)), stage.stream
+
+    def run() -> None:
+        stage.gpu.use()
+        stream.to_device(stage.x, x)
+        stream.to_device(stage.y, y)
+        for first, batch in calls:
+            stream.to_device(stage.level(first), level[first : first + batch])
+        stage.predict(calls)
+        stream.to_host(out, stage.net)
+        stream.wait("in the network")
+
+    return run
+
+
+class DeviceEngine:
+    """`sr3rt.engine.Engine` on a GPU. Not thread-safe: an engine belongs to one caller; networks are shared.
+
+    A job with its own noise, or whose every prediction is projected, takes part by a loop on the host.
+    seconds: that the GPU spent in the steps that are done. capture: whether steps are captured into graphs.
+    """
+
+    def __init__(self, network: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int, capture: bool = True) -> None:
+        self._network, self._capacity, self._capture = network, capacity, capture
+        self._stage = Stage(network, capacity=capacity, channels=channels, height=height, width=width)
+        self._gpu, self._stream = self._stage.gpu, self._stage.stream
+        self._states = Memory(self._gpu, 2 * self._stage.slots * SLOT.itemsize, "the slots")
+        self._idle = self._states.address + self._states.size // 2  # as many that have nothing to do
+        self._stream.clear(self._states.address, self._states.size)
+        shape = (capacity, channels, height, width)
+        self._x_staged, self._y_staged, self._states_staged = Pinned(shape), Pinned(shape), Pinned((capacity,), SLOT)
+        self._states_seen = Pinned((capacity,), SLOT)
+        self._sent = [Event() for _ in range(capacity)]  # when what is staged for a slot may be overwritten
+        self._marks = [(Event(), Event()) for _ in range(AHEAD)]
+        self._queued = 0  # steps whose marks have not been waited for
+        self._steps = 0
+        self._steppers: dict[tuple[tuple[int, int], ...], Callable[[], None]] = {}
+        self._tables: dict[bytes, Memory] = {}
+        self._slots: list[Slot] = []
+        self._host: Engine | None = None
+        self.seconds = 0.0
+
+    @property
+    def busy(self) -> int:
+        """As `Engine.busy`."""
+        return len(self._slots) + (self._host.busy if self._host else 0)
+
+    @property
+    def free(self) -> int:
+        """As `Engine.free`."""
+        return self._capacity - self.busy
+
+    def join(self, job: Job) -> None:
+        """As `Engine.join`."""
+        shape = self._stage.shape
+        if not self.free:
+            raise OptionError(f"all {self._capacity} slots are busy: step until one is free, or make a larger engine")
+        if job.x.shape != shape or not len(job.table):
+            raise OptionError(f"the engine takes x of {shape} and a table with rows, found {job.x.shape} and {len(job.table)}")
+        self._gpu.use()
+        if job.noise is not None or job.consistency == "every":
+            if self._host is None:
+                channels, height, width = shape
+                self._host = Engine(self._network, capacity=self._capacity, channels=channels, height=height, width=width)
+            self._host.join(job)
+            return
+        n, stream, stage = len(self._slots), self._stream, self._stage
+        self._sent[n].wait()
+        self._x_staged.array[n] = job.x
+        self._states_staged.array[n] = (job.seed, self._table(job).address, len(job.table), 0, 0, 0)
+        stream.to_device(stage.x + n * stage.picture, self._x_staged.array[n])
+        stream.to_device(self._states.address + n * SLOT.itemsize, self._states_staged.array[n : n + 1])
+        self._sent[n].record(stream)
+        stream.clear(stage.x0 + n * stage.picture, stage.picture)
+        self._gpu.launch("sr3_start", (self._blocks(), 1), THREADS, (stage.y, self._states.address, n, *shape), stream)
+        self._slots.append(Slot(job))
+
+    def leave(self, job: Job) -> None:
+        """As `Engine.leave`."""
+        n = self._find(job)
+        if n is None:
+            if self._host is None:
+                raise OptionError("that job is not in this engine")
+            self._host.leave(job)
+            return
+        self._gpu.use()
+        last, stage, stream = len(self._slots) - 1, self._stage, self._stream
+        if n != last:
+            pictures = [(base, stage.picture) for base in (stage.x, stage.y, stage.x0)]
+            for base, size in (*pictures, (self._states.address, SLOT.itemsize)):
+                stream.move(base + n * size, base + last * size, size)
+            self._slots[n] = self._slots[last]
+        stream.clear(self._states.address + last * SLOT.itemsize, SLOT.itemsize)
+        self._slots.pop()
+
+    def prediction(self, job: Job) -> Floats:
+        """As `Engine.prediction`; waits for the steps that are queued."""
+        n = self._find(job)
+        if n is None:
+            if self._host is None:
+                raise OptionError("that job is not in this engine")
+            return self._host.prediction(job)
+        self._gpu.use()
+        self._stream.to_host(self._y_staged.array[n], self._stage.x0 + n * self._stage.picture)
+        self.wait()
+        x0: Floats = self._y_staged.array[n].copy()
+        return x0
+
+    def step(self) -> list[Ended]:
+        """As `Engine.step`, but the step is only queued; of jobs whose last it is, the pictures are waited for."""
+        ended = self._host.step() if self._host else []
+        if not self._slots:
+            return ended
+        self._gpu.use()
+        if self._queued == AHEAD:
+            self._pass_oldest()
+        begin, end = self._marks[self._steps % AHEAD]
+        stepper = self._stepper(len(self._slots))
+        begin.record(self._stream)
+        stepper()
+        end.record(self._stream)
+        self._steps, self._queued = self._steps + 1, self._queued + 1
+        for slot in self._slots:
+            slot.row += 1
+        return ended + (self._end() if any(slot.row == len(slot.job.table) for slot in self._slots) else [])
+
+    def wait(self) -> None:
+        """Until what is queued is done. Raises BackendError with what went wrong on the GPU."""
+        self._stream.wait()
+        while self._queued:
+            self._pass_oldest()
+
+    def _pass_oldest(self) -> None:
+        begin, end = self._marks[(self._steps - self._queued) % AHEAD]
+        end.wait()
+        self.seconds += end.since(begin)
+        self._queued -= 1
+
+    def _find(self, job: Job) -> int | None:
+        return next((i for i, slot in enumerate(self._slots) if slot.job is job), None)
+
+    def _end(self) -> list[Ended]:
+        """The jobs that are done, and those that broke, leave."""
+        count, stage = len(self._slots), self._stage
+        for i, slot in enumerate(self._slots):
+            if slot.row == len(slot.job.table):
+                self._stream.to_host(self._y_staged.array[i], stage.y + i * stage.picture)
+        states = self._states_seen.array[:count]
+        self._stream.to_host(states, self._states.address)
+        self.wait()
+        ended = []
+        for i, slot in enumerate(self._slots):
+            if broken := int(states[i]["broken"]):
+                ended.append(Ended(slot.job, not_finite(self._network, broken, len(slot.job.table))))
+            elif slot.row == len(slot.job.table):
+                ended.append(Ended(slot.job, slot.job.result(self._y_staged.array[i].copy())))
+        for one in ended:
+            self.leave(one.job)
+        return ended
+
+    def _stepper(self, count: int) -> Callable[[], None]:
+        """A call that enqueues a step of the first `count` slots."""
+        calls = tuple(self._stage.cover(count))
+        if calls not in self._steppers:
+            enqueue = partial(self._enqueue, calls, self._states.address)
+            if self._capture:
+                self._enqueue(calls, self._idle)  # libraries set themselves up in a first call, which cannot be captured
+                self._stream.wait("in the network's first call")
+                enqueue = partial(Graph(self._stream, enqueue).launch, self._stream)
+            self._steppers[calls] = enqueue
+        return self._steppers[calls]
+
+    def _enqueue(self, calls: tuple[tuple[int, int], ...], states: int) -> None:
+        """One step of every busy slot of `states`. Others in the calls are idle, and keep what they hold."""
+        stage, launch = self._stage, self._gpu.launch
+        for first, batch in calls:
+            arguments = stage.level(first), states + first * SLOT.itemsize, batch
+            launch("sr3_levels", (-(-batch // THREADS), 1), THREADS, arguments, self._stream)
+        stage.predict(calls)
+        slots = sum(batch for _, batch in calls)
+        launch("sr3_step", (self._blocks(), slots), THREADS, (stage.y, stage.net, stage.x0, states, *stage.shape), self._stream)
+        launch("sr3_next", (-(-slots // THREADS), 1), THREADS, (states, slots), self._stream)
+
+    def _blocks(self) -> int:
+        _, height, width = self._stage.shape
+        return -(-height * width // THREADS)
+
+    def _table(self, job: Job) -> Memory:
+        """The job's table on the GPU; runs that are alike share one."""
+        rows = np.ascontiguousarray(job.table, np.float32)
+        key = rows.tobytes()
+        if key not in self._tables:
+            if len(self._tables) >= TABLES:
+                self._stream.wait()  # a job that left may have steps queued that read its table
+                used = {slot.job.table.tobytes() for slot in self._slots}
+                self._tables = {one: memory for one, memory in self._tables.items() if one in used}
+            self._tables[key] = Memory(self._gpu, rows.nbytes, "a table of steps")
+            self._stream.to_device(self._tables[key].address, rows)
+        return self._tables[key]

@@ -1,0 +1,219 @@
+"""TensorRT: the bundle's engines (export/to_trt.py), in the loop of backends/device.py.
+
+`tensorrt` and `tensorrt_rtx` (TensorRT for RTX) have one API, of 10.16 and later and 11; whichever is installed is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+from sr3rt.backends import Floats, Request, cuda, device
+from sr3rt.backends.cuda import Gpu, Stream
+from sr3rt.backends.device import DeviceEngine, Enqueue
+from sr3rt.bundle import GOLDEN, HALF, NETWORK, Bundle
+from sr3rt.engines import EngineKey
+from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, MissingExtra
+from sr3rt.golden import check
+
+FLAVOURS = ("tensorrt", "tensorrt_rtx")
+PRECISIONS = {"fp16": HALF, "fp32": NETWORK}  # the one "auto" takes first, and the graph that its engines are of
+
+
+def flavour() -> str:
+    """The package that is installed, `tensorrt` before `tensorrt_rtx`. Raises MissingExtra."""
+    for name in FLAVOURS:
+        if find_spec(name):
+            return name
+    raise MissingExtra("TensorRT", "tensorrt_rtx", "rtx")
+
+
+class Log:
+    """What TensorRT said went wrong, for error messages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def taken(self) -> str:
+        """The lines, once."""
+        lines, self.lines[:] = list(self.lines), []
+        return "; ".join(lines) or "no reason given"
+
+
+@functools.cache
+def module() -> tuple[Any, Any, Log]:
+    """The package, its logger (TensorRT wants one for a process) and what that keeps. Raises MissingExtra."""
+    trt, log = importlib.import_module(flavour()), Log()
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                log.lines.append(message)
+
+    return trt, Logger(), log
+
+
+def why_not() -> str | None:
+    """Why this backend cannot run here, or None when it can."""
+    try:
+        flavour()
+    except MissingExtra as error:
+        return str(error)
+    return cuda.why_not()
+
+
+def refusal(bundle: Bundle, request: Request) -> str | None:
+    """Why this backend cannot do what is asked with that bundle, or None when it can."""
+    if request.precision not in ("auto", *PRECISIONS):
+        return f"the tensorrt backend has fp16 and fp32, precision {request.precision!r} was asked for: use auto, fp16 or fp32"
+    if not (request.device == "auto" or re.fullmatch(r"cuda(:\d+)?", request.device)):
+        return f"the tensorrt backend runs on a GPU, device {request.device!r} was asked for: use auto, cuda, or cuda:1 for the second one"
+    if not bundle.manifest.engines:
+        return _absent(bundle, request)
+    try:
+        _fitting(bundle, request, Gpu(_index(request)))
+    except (BackendError, EngineRefused) as error:
+        return str(error)
+    return None
+
+
+def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
+    """Raises MissingExtra, BackendError (`why_not`, `refusal`, too little memory), EngineRefused or BundleCorrupt."""
+    reason = why_not()
+    if reason:
+        raise BackendError(reason)
+    if request.precision not in ("auto", *PRECISIONS) or not re.fullmatch(r"auto|cuda(:\d+)?", request.device):
+        raise BackendError(refusal(bundle, request))
+    gpu = Gpu(_index(request))
+    keys = _fitting(bundle, request, gpu)
+    network = TensorRTNetwork(gpu, {(key.height, key.width, key.batch): _deserialised(bundle, key, gpu) for key in keys}, keys[0].precision)
+    _compare(bundle, network, keys)
+    return network
+
+
+def _index(request: Request) -> int:
+    """Of the GPU asked for."""
+    return int(request.device.partition(":")[2] or 0)
+
+
+def _fitting(bundle: Bundle, request: Request, gpu: Gpu) -> list[EngineKey]:
+    """The engines of one precision that may run here, one for each shape. Raises BackendError, EngineRefused (why the first may not)."""
+    trt, name = module()[0], flavour()
+    refused: EngineRefused | None = None
+    for precision in PRECISIONS if request.precision == "auto" else (request.precision,):
+        found: dict[tuple[int, int, int], EngineKey] = {}
+        for content in bundle.manifest.engines.values():
+            key = EngineKey.of(content)
+            if key.precision != precision:
+                continue
+            digest = bundle.manifest.files.get(PRECISIONS[precision], {}).get("sha256", "none")
+            capability = ".".join(map(str, gpu.capability))
+            here = replace(key, onnx_sha256=digest, flavour=name, version=str(trt.__version__), capability=capability, driver=gpu.driver)
+            try:
+                key.check(here, bundle=bundle.path)
+            except EngineRefused as error:
+                refused = refused or error
+                continue
+            found[key.height, key.width, key.batch] = key
+        if found:
+            return list(found.values())
+    if refused:
+        raise refused
+    raise BackendError(_absent(bundle, request))
+
+
+def _absent(bundle: Bundle, request: Request) -> str:
+    which, option = ("", "") if request.precision == "auto" else (f" in {request.precision}", f" --precision {request.precision}")
+    return (
+        f"{bundle.path} has no TensorRT engine{which}: build one with  python export/to_trt.py {bundle.path} --batch 1 --size 128{option}"
+    )
+
+
+def _deserialised(bundle: Bundle, key: EngineKey, gpu: Gpu) -> Any:
+    trt, logger, log = module()
+    gpu.use()
+    log.lines.clear()
+    engine = trt.Runtime(logger).deserialize_cuda_engine(bundle.read(key.name))
+    if engine is None:
+        raise BackendError(f"{flavour()} {trt.__version__} cannot load {bundle.path / key.name} on {gpu.name}: {log.taken()}")
+    return engine
+
+
+def _compare(bundle: Bundle, network: TensorRTNetwork, keys: list[EngineKey]) -> None:
+    """Engines that answer wrongly, and say nothing, exist. Raises EngineRefused, BundleCorrupt."""
+    golden = json.loads(bundle.read(GOLDEN)) if GOLDEN in bundle.manifest.files else {}
+    for key in keys:
+        if key.name not in golden:
+            raise BundleCorrupt(
+                f"{bundle.path} does not say what {key.name} should answer: build it again with  python export/to_trt.py {bundle.path}"
+            )
+        check(network, bundle.manifest, key, golden[key.name])
+
+
+class TensorRTNetwork:
+    """A `Network` on a GPU, over one engine for each shape (height, width, batch). Safe to use from several threads."""
+
+    backend = "tensorrt"
+
+    def __init__(self, gpu: Gpu, engines: dict[tuple[int, int, int], Any], precision: str) -> None:
+        self.gpu, self._engines, self.precision = gpu, engines, precision
+        self.device = f"cuda:{gpu.index}"
+
+    def batches(self, height: int, width: int) -> tuple[int, ...]:
+        """As `DeviceNetwork.batches`."""
+        found = sorted(batch for *sides, batch in self._engines if sides == [height, width])
+        if not found:
+            there = ", ".join(sorted({f"{h}x{w}" for h, w, _ in self._engines}))
+            raise BackendError(
+                f"there is no {self.precision} engine for a result of {height}x{width} (height x width, padded), only for {there}: build "
+                f"one with  python export/to_trt.py BUNDLE --size {height}x{width}  or use device='cpu'"
+            )
+        return tuple(found)
+
+    def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
+        """As `DeviceNetwork.enqueuer`: an execution context, whose scratch memory TensorRT takes."""
+        log, engine = module()[2], self._engines[height, width, batch]
+        size = f"{batch}×{height}×{width} (batch, height, width)"
+        log.lines.clear()
+        context = engine.create_execution_context()
+        if context is None:
+            free, total = (one / 2**30 for one in self.gpu.free())
+            raise BackendError(
+                f"TensorRT cannot make a context for {size} on {self.gpu.name}, {free:.1f} of {total:.1f} GiB are free: {log.taken()}. "
+                "Use a smaller batch, or end what else runs there"
+            )
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        for name in names:
+            dims = tuple(engine.get_tensor_shape(name))
+            if name != "out" and not context.set_input_shape(name, (batch, *dims[1:2], height, width)[: len(dims)]):
+                raise BackendError(f"TensorRT does not take {size} as the shape of {name}: {log.taken()}")
+
+        def enqueue(x: int, y: int, level: int, out: int) -> None:
+            for name, address in (("x", x), ("y", y), ("level", level), ("out", out)):
+                if name in names:
+                    context.set_tensor_address(name, address)
+            if not context.execute_async_v3(stream.handle):
+                raise BackendError(f"TensorRT cannot run {size}: {log.taken()}")
+
+        return enqueue
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        """As `Network.bind`."""
+        return device.bind(self, x, y, level, out)
+
+    def engine(self, *, capacity: int, channels: int, height: int, width: int) -> DeviceEngine:
+        """As `sr3rt.engine.engine_of`."""
+        return DeviceEngine(self, capacity=capacity, channels=channels, height=height, width=width)
+
+    def memory(self, count: int, height: int, width: int) -> int:
+        """As `Planned.memory`: the host needs none; what the GPU lacks is told when it is taken."""
+        return 0

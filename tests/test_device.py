@@ -1,0 +1,352 @@
+"""The loop on a GPU, where CUDA runs on the host (cuda_on_host.py): it gives the host's loop's bits, and says what goes wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from cuda_on_host import LASTING, Cuda
+
+from sr3rt.backends import Floats, cuda, device
+from sr3rt.backends.cuda import Gpu, Stream
+from sr3rt.backends.device import AHEAD, DeviceEngine, Enqueue, cover
+from sr3rt.consistency import Projection
+from sr3rt.engine import Engine, Job, Stepper
+from sr3rt.errors import BackendError, NonFiniteError, OptionError
+from sr3rt.noise import START, normals
+from sr3rt.samplers import Sampler, Table, table
+from sr3rt.schedule import named, respace
+
+SHAPE = (3, 16, 24)
+SAMPLERS = ("sr3", "posterior", "ddim", "ddim(0.5)", "dpm++2m")
+MakeCuda = Callable[..., Cuda]
+
+
+def rows(steps: int = 6, sampler: str = "posterior") -> Table:
+    return table(Sampler.parse(sampler), respace(named("linear", 2000, 1e-6, 1e-2), steps), prediction="eps", level="sqrt_gamma")
+
+
+def picture(i: int = 0) -> Floats:
+    return np.random.default_rng(i).uniform(-1, 1, SHAPE).astype(np.float32)
+
+
+def predicted(x: Floats, y: Floats, level: Floats) -> Floats:
+    """A network whose every operation is rounded once, so that it has the same bits anywhere."""
+    out: Floats = np.float32(0.7) * y - np.float32(0.4) * x * level.reshape(-1, 1, 1, 1)
+    return out
+
+
+class OnHost:
+    """`predicted` as a network of the host."""
+
+    backend, device, precision = "arithmetic", "cpu", "fp32"
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        return lambda: np.copyto(out, predicted(x, y, level))
+
+
+class OnGpu:
+    """`predicted` as a network of a GPU, for some batch sizes."""
+
+    backend, device, precision = "arithmetic", "cuda:0", "fp32"
+
+    def __init__(self, made: Cuda, *batches: int, broken: Callable[[int], None] = lambda address: None) -> None:
+        self.cuda, self.gpu, self._batches, self._broken = made, Gpu(), batches, broken
+        self.calls: list[int] = []
+
+    def batches(self, height: int, width: int) -> tuple[int, ...]:
+        return self._batches
+
+    def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
+        shape = (batch, SHAPE[0], height, width)
+
+        def enqueue(x: int, y: int, level: int, out: int) -> None:
+            assert not any(address % cuda.ALIGNED for address in (x, y, level, out))
+
+            def work() -> None:
+                array = self.cuda.array
+                self.calls.append(batch)
+                array(out, shape)[:] = predicted(array(x, shape), array(y, shape), array(level, (batch, 1)))
+                self._broken(out)
+
+            self.cuda.enqueue(stream.handle, work)
+
+        return enqueue
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        return device.bind(self, x, y, level, out)
+
+
+def on_gpu(made: Cuda, *batches: int, capacity: int = 4, capture: bool = True) -> DeviceEngine:
+    channels, height, width = SHAPE
+    network = OnGpu(made, *(batches or (1, 2, 4)))
+    return DeviceEngine(network, capacity=capacity, channels=channels, height=height, width=width, capture=capture)
+
+
+def on_host(capacity: int = 1) -> Engine:
+    return Engine(OnHost(), capacity=capacity, channels=SHAPE[0], height=SHAPE[1], width=SHAPE[2])
+
+
+def run(engine: Stepper, *jobs: Job) -> list[Floats]:
+    for job in jobs:
+        engine.join(job)
+    found = {}
+    while engine.busy:
+        found.update({ended.job: ended.picture() for ended in engine.step()})
+    return [found[job] for job in jobs]
+
+
+def jobs(count: int) -> list[Job]:
+    return [Job(picture(i), rows(3 + 2 * i, SAMPLERS[i % 5]), seed=2**63 + i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "batches", "calls"),
+    [
+        (1, (1, 2, 4), [(0, 1)]),
+        (3, (1, 2, 4), [(0, 4)]),
+        (5, (1, 2, 4), [(0, 4), (4, 1)]),
+        (3, (1,), [(0, 1), (1, 1), (2, 1)]),
+        (6, (1, 4), [(0, 4), (4, 4)]),
+        (1, (8,), [(0, 8)]),
+    ],
+)
+def test_calls_cover_the_busy_slots(count: int, batches: tuple[int, ...], calls: list[tuple[int, int]]) -> None:
+    assert cover(count, batches) == calls
+
+
+@pytest.mark.parametrize("batches", [(1,), (4,), (1, 2, 4), (1, 4), (3,)])
+@pytest.mark.parametrize("capture", [True, False])
+def test_jobs_together_have_the_bits_of_the_hosts_loop(gpu: MakeCuda, batches: tuple[int, ...], capture: bool) -> None:
+    engine = on_gpu(gpu(), *batches, capacity=5, capture=capture)
+    for found, job in zip(run(engine, *jobs(5)), jobs(5), strict=True):
+        assert np.array_equal(found, run(on_host(), job)[0])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_jobs_that_join_and_leave_at_any_step_do_not_change_others(gpu: MakeCuda, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = gpu()
+    engine, running, waiting = on_gpu(made, 1, 2, 4, capacity=4), dict[Job, int](), jobs(10)
+    expected = {job: run(on_host(), job)[0] for job in waiting}
+    done = 0
+    while running or waiting:
+        while waiting and engine.free and rng.random() < 0.6:
+            job = waiting.pop()
+            engine.join(job)
+            running[job] = 0
+        if running and rng.random() < 0.15:
+            job = list(running)[rng.integers(len(running))]
+            before = on_host()
+            before.join(job)
+            for _ in range(running[job]):
+                before.step()
+            assert np.array_equal(engine.prediction(job), before.prediction(job))
+            if rng.random() < 0.5:
+                engine.leave(job)
+                del running[job]
+        for ended in engine.step():
+            assert np.array_equal(ended.picture(), expected[ended.job])
+            del running[ended.job]
+            done += 1
+        running = {job: steps + 1 for job, steps in running.items()}
+        assert engine.busy == len(running)
+    assert done
+    assert made.calls.count("cudaGraphInstantiate") <= 3  # one for each batch size, whoever came and went
+
+
+def test_the_host_waits_for_a_picture_and_not_for_a_step(gpu: MakeCuda) -> None:
+    made = gpu()
+    engine = on_gpu(made)
+    engine.join(Job(picture(), rows(40), seed=1))
+    engine.step()
+    made.calls.clear()
+    for _ in range(38):
+        assert engine.step() == []
+        assert made.queued
+    assert set(made.calls) == {
+        "cudaSetDevice", "cudaEventSynchronize", "cudaEventElapsedTime", "cudaEventRecord", "cudaGraphLaunch"
+    }  # fmt: skip
+    assert made.calls.count("cudaGraphLaunch") == 38
+    assert made.calls.count("cudaEventSynchronize") == 38 + 1 - AHEAD  # of a step before the last, which keeps the GPU busy
+    (ended,) = engine.step()
+    assert np.array_equal(ended.picture(), run(on_host(), Job(picture(), rows(40), seed=1))[0])
+    assert engine.seconds == pytest.approx(40 * 0.002)
+
+
+def test_pictures_of_many_runs_and_many_tables(gpu: MakeCuda) -> None:
+    made = gpu()
+    engine = on_gpu(made, 1, capacity=1)
+    used = set()
+    for steps in range(1, device.TABLES + 10):
+        job = Job(picture(), rows(steps, "ddim"), seed=steps)
+        assert np.array_equal(run(engine, job)[0], run(on_host(), job)[0])
+        used.add(made.used)
+    assert max(used) < min(used) + 28 * sum(range(device.TABLES + 10)) + 4096
+
+
+def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host(gpu: MakeCuda) -> None:
+    projection = Projection(4, 6, 4)
+    lr = picture()[:, :4, :6]
+
+    def replay(step: int) -> Floats:
+        return normals(SHAPE, seed=9, step=step if step == START else step + 5)
+
+    mixed = [
+        Job(picture(1), rows(), seed=1),
+        Job(picture(2), rows(), seed=2, noise=replay),
+        Job(picture(3), rows(4), seed=3, consistency="every", lr=lr, projection=projection),
+        Job(picture(4), rows(5), seed=4, consistency="final", lr=lr, projection=projection),
+    ]
+    engine = on_gpu(gpu())
+    for found, job in zip(run(engine, *mixed), mixed, strict=True):
+        assert np.array_equal(found, run(on_host(), job)[0])
+    engine.join(mixed[1])
+    engine.step()
+    host = on_host()
+    host.join(mixed[1])
+    host.step()
+    assert np.array_equal(engine.prediction(mixed[1]), host.prediction(mixed[1]))
+    engine.leave(mixed[1])
+    assert engine.busy == 0
+
+
+def test_two_threads_share_a_network(gpu: MakeCuda) -> None:
+    made = gpu()
+    network, found = OnGpu(made, 1, 2), dict[int, list[Floats]]()
+    lock = threading.Lock()  # CUDA on the host is not thread-safe; the point is that engines share nothing
+
+    def work(i: int) -> None:
+        with lock:
+            engine = DeviceEngine(network, capacity=2, channels=SHAPE[0], height=SHAPE[1], width=SHAPE[2])
+            found[i] = run(engine, *jobs(2))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+
+
+def test_a_job_that_breaks_names_its_step_and_harms_no_other(gpu: MakeCuda) -> None:
+    made = gpu()
+    calls = 0
+
+    def broken(out: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the first is the one before the capture
+            made.array(out, (2, *SHAPE))[1, 2, 15, 23] = np.nan
+
+    engine = DeviceEngine(OnGpu(made, 2, broken=broken), capacity=2, channels=SHAPE[0], height=SHAPE[1], width=SHAPE[2])
+    well, ill = Job(picture(1), rows(6), seed=1), Job(picture(2), rows(8), seed=2)
+    engine.join(well)
+    engine.join(ill)
+    ended = [one for _ in range(6) for one in engine.step()]
+    outcomes = {one.job: one for one in ended}
+    assert np.array_equal(outcomes[well].picture(), run(on_host(), well)[0])
+    with pytest.raises(NonFiniteError, match="step 3 of 8 produced NaN or infinity on backend arithmetic in fp32"):
+        outcomes[ill].picture()
+    assert engine.busy == 0
+
+
+def test_what_does_not_fit_is_refused(gpu: MakeCuda) -> None:
+    engine = on_gpu(gpu(), capacity=1)
+    with pytest.raises(OptionError, match=r"takes x of \(3, 16, 24\) and a table with rows, found \(3, 8, 8\) and 6"):
+        engine.join(Job(np.zeros((3, 8, 8), np.float32), rows(), seed=0))
+    with pytest.raises(OptionError, match="not in this engine"):
+        engine.leave(Job(picture(), rows(), seed=0))
+    with pytest.raises(OptionError, match="not in this engine"):
+        engine.prediction(Job(picture(), rows(), seed=0))
+    engine.join(Job(picture(), rows(), seed=0))
+    with pytest.raises(OptionError, match="all 1 slots are busy"):
+        engine.join(Job(picture(), rows(), seed=1))
+
+
+def test_pictures_that_no_call_can_begin_at(gpu: MakeCuda) -> None:
+    network = OnGpu(gpu(), 1)
+    with pytest.raises(BackendError, match=r"2 pictures of 4×4 do not fit one engine of arithmetic, and cannot be split .* a batch of 1"):
+        DeviceEngine(network, capacity=2, channels=3, height=4, width=4)
+
+
+# --- what goes wrong on a GPU
+
+
+def test_too_little_memory_says_what_was_needed_and_what_is_free(gpu: MakeCuda) -> None:
+    made = gpu(total=50_000)
+    with pytest.raises(BackendError, match=r"a batch of 4 pictures of 24×16 needs 0 MiB on Host GPU, where 0 of 0 are free: use a smaller"):
+        on_gpu(made)
+    made.total = 1 << 28
+    assert run(on_gpu(made), jobs(1)[0])  # and goes on where there is enough
+    assert not made.lost
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        ("cudaGraphLaunch", "cudaErrorLaunchOutOfResources", "failed starting a graph: cudaErrorLaunchOutOfResources"),
+        ("cudaStreamEndCapture", "cudaErrorStreamCaptureInvalidated", "failed ending a graph's capture: cudaErrorStreamCaptureInvalidated"),
+        ("cudaGraphInstantiate", "cudaErrorInvalidValue", "failed making a graph: cudaErrorInvalidValue"),
+        ("cudaHostAlloc", "cudaErrorMemoryAllocation", r"failed pinning [\d,]+ bytes of the host's memory: cudaErrorMemoryAllocation"),
+        ("cudaStreamSynchronize", "cudaErrorUnknown", "failed in the network's first call: cudaErrorUnknown"),
+    ],
+)
+def test_a_call_that_fails_loses_the_run_and_the_next_begins_anew(gpu: MakeCuda, call: str, error: str, words: str) -> None:
+    made = gpu()
+    made.fail[call] = error
+    with pytest.raises(BackendError, match=f"CUDA {words}. What was running on it is lost, the next call begins anew"):
+        run(on_gpu(made), *jobs(2))
+    assert all(np.array_equal(a, run(on_host(), job)[0]) for a, job in zip(run(on_gpu(made), *jobs(2)), jobs(2), strict=True))
+
+
+def test_a_failure_in_the_middle_of_a_run_that_ends_the_gpu_says_so(gpu: MakeCuda) -> None:
+    made = gpu()
+    calls = 0
+
+    def broken(out: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            made.array(8, (1,))
+
+    network = OnGpu(made, 1, broken=broken)
+    words = rf"CUDA failed .*: {LASTING}\. The GPU is lost to this process \({LASTING}\): start the process again"
+    with pytest.raises(BackendError, match=words):
+        run(DeviceEngine(network, capacity=1, channels=3, height=16, width=24), Job(picture(), rows(20), seed=0))
+    with pytest.raises(BackendError, match=words):
+        DeviceEngine(network, capacity=1, channels=3, height=16, width=24)
+
+
+def test_memory_is_given_back(gpu: MakeCuda) -> None:
+    made = gpu()
+    network = OnGpu(made, 1, 2, 4)
+    for _ in range(3):
+        engine = DeviceEngine(network, capacity=4, channels=SHAPE[0], height=SHAPE[1], width=SHAPE[2])
+        run(engine, *jobs(4))
+        assert made.used
+        del engine
+        assert not made.used
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"driver": 0}, "there is no NVIDIA driver here: install one, or use device='cpu'"),
+        ({"driver": 12040}, "the NVIDIA driver serves CUDA 12.4, cuda-bindings need 13.0: upgrade the driver, or use device='cpu'"),
+        ({"devices": 0}, r"CUDA finds no GPU \(cudaErrorNoDevice\): look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use device='cpu'"),
+    ],
+)
+def test_no_gpu_says_why(gpu: MakeCuda, options: dict[str, int], words: str) -> None:
+    gpu(**options)
+    with pytest.raises(BackendError, match=words):
+        Gpu()
+
+
+def test_a_gpu_that_is_not_there(gpu: MakeCuda) -> None:
+    gpu(devices=2)
+    assert Gpu(1).capability == (9, 0)
+    with pytest.raises(BackendError, match="there is no GPU 2: CUDA finds 2, counted from 0"):
+        Gpu(2)

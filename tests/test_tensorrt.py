@@ -1,0 +1,238 @@
+"""TensorRT's backend where TensorRT's runtime and CUDA run on the host: engines, built by the real builder, become an `Upscaler`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_on_host import Cuda
+
+pytest.importorskip("onnx")
+pytest.importorskip("tensorrt_rtx")
+
+import tensorrt_on_host
+
+import sr3rt
+from sr3rt.backends import Floats, Network, Request, cuda, load, tensorrt
+from sr3rt.bundle import GOLDEN, Bundle, write_manifest
+from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, MissingExtra
+from sr3rt.export import builder
+from sr3rt.export.to_trt import to_trt
+from sr3rt.upscaler import SHIPPED
+
+Plan = Callable[[bytes], Network | None]
+Put = Callable[[Plan], Cuda]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model with real engines, fp16 for 64×64 and 96×64, fp32 for 64×64."""
+    target = Path(shutil.copytree(SHIPPED, tmp_path_factory.mktemp("built") / "photo4x"))
+    to_trt(target, batch="1,2", size="64", precision="fp16")
+    to_trt(target, batch="1", size="96x64", precision="fp16")
+    return to_trt(target, batch="1", size="64", precision="fp32")
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    """A copy, to break."""
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def put(gpu: Callable[..., Cuda], monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
+    """`put(network)`: from here on there are a GPU and TensorRT, whose engines compute what `network(plan)` does."""
+    trt, logger, log = tensorrt.module()
+
+    def here(network: Plan) -> Cuda:
+        made = gpu()
+        monkeypatch.setattr(tensorrt, "module", lambda: (tensorrt_on_host.package(trt, made, network), logger, log))
+        return made
+
+    yield here
+    log.lines.clear()
+
+
+def right(plan: bytes) -> Network:
+    assert len(plan) > 100_000  # a real engine
+    return load(Bundle.open(SHIPPED), Request(device="cpu"))
+
+
+class Wrong:
+    """A network that answers something else; zeros, when told nothing."""
+
+    backend, device, precision = "wrong", "cpu", "fp32"
+
+    def __init__(self, factor: float = 0.0) -> None:
+        self._right, self._factor = right(b"." * 200_000), factor
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        run = self._right.bind(x, y, level, out)
+
+        def wrong() -> None:
+            run()
+            out[:] *= self._factor
+
+        return wrong
+
+
+def photograph(height: int = 16, width: int = 16) -> np.ndarray:
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(rows / 3), np.cos(columns / 4), np.sin((rows + columns) / 5)], axis=2)
+    return ((waves + 1) * 127).astype(np.uint8)
+
+
+# --- pictures
+
+
+def test_auto_takes_the_engines_and_the_pictures_are_the_cpus(built: Path, put: Put) -> None:
+    put(right)
+    up = sr3rt.load(built)
+    assert (up.network.backend, up.network.precision, up.network.device) == ("tensorrt", "fp16", "cuda:0")
+    on_cpu = sr3rt.load(SHIPPED, device="cpu")
+    pictures = [photograph(), photograph()[::-1].copy(), photograph()[:, ::-1].copy()]
+    for options in ({"steps": 4, "sampler": "sr3"}, {"steps": 5, "consistency": "every"}, {}):
+        found, wanted = (one.upscale(pictures, seed=[1, 2, 3], **options) for one in (up, on_cpu))
+        for a, b in zip(found, wanted, strict=True):
+            assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+    tall = up.upscale(photograph(24, 16), seed=1)
+    assert np.abs(tall.astype(int) - on_cpu.upscale(photograph(24, 16), seed=1)).max() <= 1
+
+
+def test_previews_and_cancelling(built: Path, put: Put) -> None:
+    put(right)
+    up = sr3rt.load(built, precision="fp32")
+    seen: list[np.ndarray] = []
+
+    def watch(step: int, steps: int, preview: Callable[[], np.ndarray]) -> bool:
+        seen.append(preview())
+        return step < 3
+
+    with pytest.raises(sr3rt.Cancelled, match="after 3 of 9 steps"):
+        up.upscale(photograph(), seed=1, steps=9, on_step=watch)
+    assert len(seen) == 3 and seen[0].shape == (64, 64, 3)
+    assert np.array_equal(up.upscale(photograph(), seed=1), up.upscale(photograph(), seed=1))
+
+
+def test_precision_and_device_are_what_was_asked_for(built: Path, put: Put) -> None:
+    put(right)
+    assert sr3rt.load(built, precision="fp32").network.precision == "fp32"
+    assert sr3rt.load(built, device="cuda:0").network.device == "cuda:0"
+    assert sr3rt.load(built, device="cpu").network.backend == "native"
+
+
+# --- refusals
+
+
+def test_a_size_that_was_not_built(built: Path, put: Put) -> None:
+    put(right)
+    with pytest.raises(
+        BackendError,
+        match=r"no fp16 engine for a result of 128x96 \(height x width, padded\), only for 64x64, 96x64: build one with  .* 128x96",
+    ):
+        sr3rt.load(built).upscale(photograph(32, 24), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "int8"}, "has fp16 and fp32, precision 'int8' was asked for: use auto, fp16 or fp32"),
+        ({"device": "cpu"}, "runs on a GPU, device 'cpu' was asked for: use auto, cuda, or cuda:1 for the second one"),
+        ({"device": "cuda:1"}, "there is no GPU 1: CUDA finds 1, counted from 0"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(built: Path, put: Put, options: dict[str, str], words: str) -> None:
+    put(right)
+    with pytest.raises(BackendError, match=words):
+        load(Bundle.open(built), Request("tensorrt", **options))
+
+
+def test_a_bundle_without_engines_says_how_to_build_one(put: Put) -> None:
+    put(right)
+    with pytest.raises(BackendError, match=r"has no TensorRT engine: build one with  python export/to_trt.py .* --batch 1 --size 128$"):
+        load(Bundle.open(SHIPPED), Request("tensorrt"))
+    assert load(Bundle.open(SHIPPED), Request()).backend == "native"  # auto takes what there is
+
+
+def test_a_precision_without_engines(bundle: Path, put: Put) -> None:
+    put(right)
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, replace(manifest, engines={name: key for name, key in manifest.engines.items() if key["precision"] == "fp16"}))
+    with pytest.raises(BackendError, match=r"has no TensorRT engine in fp32: build one with .* --precision fp32$"):
+        load(Bundle.open(bundle), Request("tensorrt", precision="fp32"))
+
+
+def test_engines_of_another_gpu_are_refused_before_tensorrt_sees_them(bundle: Path, put: Put) -> None:
+    def never(plan: bytes) -> Network:
+        raise AssertionError("TensorRT was given the engine")
+
+    put(never)
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, replace(manifest, engines={name: {**key, "capability": "8.6"} for name, key in manifest.engines.items()}))
+    with pytest.raises(EngineRefused, match=r"another GPU \(compute capability\): found 8\.6, expected 9\.0\. Build one with"):
+        load(Bundle.open(bundle), Request("tensorrt"))
+    assert load(Bundle.open(bundle), Request()).backend == "native"
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.1, float("nan")])
+def test_an_engine_that_answers_wrongly_is_refused(built: Path, put: Put, factor: float) -> None:
+    put(lambda plan: Wrong(factor))
+    with pytest.raises(EngineRefused, match=r"the engine fp16-.*\.plan answers wrongly on this GPU: it differs .* by (1|0\.1|nan)\b"):
+        sr3rt.load(built, backend="tensorrt")
+
+
+def test_an_engine_that_nothing_is_known_of_is_refused(bundle: Path, put: Put) -> None:
+    put(right)
+    (bundle / GOLDEN).write_text("{}")
+    write_manifest(bundle, Bundle.open(bundle).manifest)
+    with pytest.raises(BundleCorrupt, match=r"does not say what fp16-.*\.plan should answer: build it again with"):
+        load(Bundle.open(bundle), Request("tensorrt"))
+
+
+def test_an_engine_that_tensorrt_cannot_load(built: Path, put: Put) -> None:
+    log = tensorrt.module()[2]
+
+    def broken(plan: bytes) -> None:
+        log.lines.append("magic tag does not match")
+
+    put(broken)
+    with pytest.raises(BackendError, match=r"tensorrt_rtx [\d.]+ cannot load .*\.plan on Host GPU: magic tag does not match"):
+        load(Bundle.open(built), Request("tensorrt"))
+
+
+def test_too_little_memory_for_a_batch(built: Path, put: Put) -> None:
+    made = put(right)
+    up = sr3rt.load(built)
+    made.total = made.used + 100_000
+    with pytest.raises(BackendError, match=r"a batch of 2 pictures of 64×64 needs 0 MiB on Host GPU, .* use a smaller batch"):
+        up.upscale([photograph(), photograph()], seed=1)
+    made.total = 1 << 28
+    up.upscale([photograph(), photograph()], seed=1)
+
+
+def test_without_a_gpu_or_tensorrt_the_reason_is_told(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cuda.why_not():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(BackendError, match=r"there is no NVIDIA driver here|the NVIDIA driver serves CUDA|CUDA finds no GPU"):
+        load(Bundle.open(built), Request("tensorrt"))
+    assert load(Bundle.open(built), Request()).backend == "native"
+    monkeypatch.setattr(tensorrt, "FLAVOURS", ("no_tensorrt",))
+    assert tensorrt.why_not() == str(MissingExtra("TensorRT", "tensorrt_rtx", "rtx"))
+
+
+# --- what the exporter writes
+
+
+def test_the_golden_outputs_are_the_float32_networks(built: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = json.loads(Bundle.open(built).read(GOLDEN))
+    assert set(golden) == set(Bundle.open(built).manifest.engines)
+    assert all(len(values) == 64 and np.ptp(values) > 0.1 for values in golden.values())
+    assert golden["fp16-1x64x64.tensorrt_rtx.plan"] == golden["fp32-1x64x64.tensorrt_rtx.plan"] != golden["fp16-1x96x64.tensorrt_rtx.plan"]
+    monkeypatch.setattr(builder, "build", lambda model, **options: b"engine")
+    to_trt(bundle, batch="1", size="32", precision="fp32")
+    assert json.loads(Bundle.open(bundle).read(GOLDEN)).items() > golden.items()
