@@ -5,7 +5,9 @@
 # make clean   remove environments and everything built
 
 PYTHON ?= python3
-PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+# Compiled is what is imported, when it first is: less than half of what is installed, which saves a minute.
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV = .venv/.stamp
 VENV_DEMO = .venv-demo/.stamp

@@ -35,7 +35,7 @@ def plan(request: pytest.FixtureRequest) -> Plan:
     threads = Request(threads=option("--threads")).thread_count
     if option("--full"):
         return Plan(option("--device"), threads, option("--seconds") or 60, measured=(25, 100))
-    return Plan(option("--device"), threads, option("--seconds") or 8, steps=4, measured=())
+    return Plan(option("--device"), threads, option("--seconds") or 5, steps=4, measured=())
 
 
 Measurements = dict[tuple[str, int], Measurement]
