@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
+import cuda_on_host
 import numpy as np
 import pytest
 from cuda_on_host import LASTING, Cuda
 
+from sr3rt import _native
 from sr3rt.backends import Floats, cuda, device
 from sr3rt.backends.cuda import Gpu, Stream
 from sr3rt.backends.device import AHEAD, DeviceEngine, Enqueue, cover
@@ -32,46 +37,39 @@ def picture(i: int = 0) -> Floats:
     return np.random.default_rng(i).uniform(-1, 1, SHAPE).astype(np.float32)
 
 
-def predicted(x: Floats, y: Floats, level: Floats) -> Floats:
-    """A network whose every operation is rounded once, so that it has the same bits anywhere."""
-    out: Floats = np.float32(0.7) * y - np.float32(0.4) * x * level.reshape(-1, 1, 1, 1)
-    return out
-
-
 class OnHost:
-    """`predicted` as a network of the host."""
+    """data/arithmetic.cu, in NumPy."""
 
     backend, device, precision = "arithmetic", "cpu", "fp32"
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
-        return lambda: np.copyto(out, predicted(x, y, level))
+        return lambda: np.copyto(out, np.float32(0.7) * y - np.float32(0.4) * x * level.reshape(-1, 1, 1, 1))
 
 
 class OnGpu:
-    """`predicted` as a network of a GPU, for some batch sizes."""
+    """data/arithmetic.cu as a network, for some batch sizes. after: what else a call enqueues, told the stream and the output."""
 
     backend, device, precision = "arithmetic", "cuda:0", "fp32"
 
-    def __init__(self, made: Cuda, *batches: int, broken: Callable[[int], None] = lambda address: None) -> None:
-        self.cuda, self.gpu, self._batches, self._broken = made, Gpu(), batches, broken
-        self.calls: list[int] = []
+    def __init__(self, *batches: int, after: Callable[[int, int], None] = lambda stream, out: None) -> None:
+        from cuda.bindings import driver
+
+        self.gpu, self._batches, self._driver, self._after = Gpu(), batches, driver, after
+        library = cuda.checked(driver.cuLibraryLoadData(machine_code(self.gpu.capability), [], [], 0, [], [], 0), "loading")
+        self._kernel = int(cuda.checked(driver.cuLibraryGetKernel(library, b"arithmetic"), "looking"))
 
     def batches(self, height: int, width: int) -> tuple[int, ...]:
         return self._batches
 
     def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
-        shape = (batch, SHAPE[0], height, width)
+        values, address, number = SHAPE[0] * height * width, ctypes.c_void_p, ctypes.c_uint32
+        types = address, address, address, address, number
 
         def enqueue(x: int, y: int, level: int, out: int) -> None:
-            assert not any(address % cuda.ALIGNED for address in (x, y, level, out))
-
-            def work() -> None:
-                array = self.cuda.array
-                self.calls.append(batch)
-                array(out, shape)[:] = predicted(array(x, shape), array(y, shape), array(level, (batch, 1)))
-                self._broken(out)
-
-            self.cuda.enqueue(stream.handle, work)
+            assert not any(one % cuda.ALIGNED for one in (x, y, level, out))
+            blocks, parameters = (-(-values // 256), batch, 1), ((x, y, level, out, values), types)
+            cuda.checked(self._driver.cuLaunchKernel(self._kernel, *blocks, 256, 1, 1, 0, stream.handle, parameters, 0), "starting")
+            self._after(stream.handle, out)
 
         return enqueue
 
@@ -79,9 +77,34 @@ class OnGpu:
         return device.bind(self, x, y, level, out)
 
 
-def on_gpu(made: Cuda, *batches: int, capacity: int = 4, capture: bool = True) -> DeviceEngine:
+@functools.cache
+def machine_code(capability: tuple[int, int]) -> bytes:
+    """arithmetic.cu for a GPU; for the host's, what looks like it."""
+    from cuda.bindings import nvrtc
+
+    if not cuda_on_host.absent():
+        source = (Path(__file__).parent / "data" / "arithmetic.cu").read_bytes()
+        program = cuda.checked(nvrtc.nvrtcCreateProgram(source, b"arithmetic.cu", 0, [], []), "compiling")
+        options = [b"--fmad=false", b"--gpu-architecture=sm_%d%d" % capability]
+        cuda.checked(nvrtc.nvrtcCompileProgram(program, len(options), options), "compiling")
+        code = bytearray(cuda.checked(nvrtc.nvrtcGetCUBINSize(program), "compiling"))
+        cuda.checked(nvrtc.nvrtcGetCUBIN(program, code), "compiling")
+        return bytes(code)
+    return b"\x7fELF"
+
+
+@pytest.fixture(params=["on the host", "on a GPU"])
+def any_gpu(request: pytest.FixtureRequest, gpu: MakeCuda) -> None:
+    """CUDA on the host, and CUDA itself where there is a GPU."""
+    if request.param == "on the host":
+        gpu()
+    elif cuda_on_host.absent():
+        pytest.skip("there is no GPU here")
+
+
+def on_gpu(*batches: int, capacity: int = 4, capture: bool = True, network: OnGpu | None = None) -> DeviceEngine:
     channels, height, width = SHAPE
-    network = OnGpu(made, *(batches or (1, 2, 4)))
+    network = network or OnGpu(*(batches or (1, 2, 4)))
     return DeviceEngine(network, capacity=capacity, channels=channels, height=height, width=width, capture=capture)
 
 
@@ -119,17 +142,18 @@ def test_calls_cover_the_busy_slots(count: int, batches: tuple[int, ...], calls:
 
 @pytest.mark.parametrize("batches", [(1,), (4,), (1, 2, 4), (1, 4), (3,)])
 @pytest.mark.parametrize("capture", [True, False])
-def test_jobs_together_have_the_bits_of_the_hosts_loop(gpu: MakeCuda, batches: tuple[int, ...], capture: bool) -> None:
-    engine = on_gpu(gpu(), *batches, capacity=5, capture=capture)
+@pytest.mark.usefixtures("any_gpu")
+def test_jobs_together_have_the_bits_of_the_hosts_loop(batches: tuple[int, ...], capture: bool) -> None:
+    engine = on_gpu(*batches, capacity=5, capture=capture)
     for found, job in zip(run(engine, *jobs(5)), jobs(5), strict=True):
         assert np.array_equal(found, run(on_host(), job)[0])
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_jobs_that_join_and_leave_at_any_step_do_not_change_others(gpu: MakeCuda, seed: int) -> None:
+@pytest.mark.usefixtures("any_gpu")
+def test_jobs_that_join_and_leave_at_any_step_do_not_change_others(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    made = gpu()
-    engine, running, waiting = on_gpu(made, 1, 2, 4, capacity=4), dict[Job, int](), jobs(10)
+    engine, running, waiting = on_gpu(1, 2, 4, capacity=4), dict[Job, int](), jobs(10)
     expected = {job: run(on_host(), job)[0] for job in waiting}
     done = 0
     while running or waiting:
@@ -154,12 +178,19 @@ def test_jobs_that_join_and_leave_at_any_step_do_not_change_others(gpu: MakeCuda
         running = {job: steps + 1 for job, steps in running.items()}
         assert engine.busy == len(running)
     assert done
-    assert made.calls.count("cudaGraphInstantiate") <= 3  # one for each batch size, whoever came and went
+
+
+def test_one_graph_for_each_batch_size_whoever_comes_and_goes(gpu: MakeCuda) -> None:
+    made = gpu()
+    engine = on_gpu(1, 2, 4)
+    for _ in range(3):
+        run(engine, *jobs(4))
+    assert made.calls.count("cudaGraphInstantiate") == 3
 
 
 def test_the_host_waits_for_a_picture_and_not_for_a_step(gpu: MakeCuda) -> None:
     made = gpu()
-    engine = on_gpu(made)
+    engine = on_gpu()
     engine.join(Job(picture(), rows(40), seed=1))
     engine.step()
     made.calls.clear()
@@ -178,7 +209,7 @@ def test_the_host_waits_for_a_picture_and_not_for_a_step(gpu: MakeCuda) -> None:
 
 def test_pictures_of_many_runs_and_many_tables(gpu: MakeCuda) -> None:
     made = gpu()
-    engine = on_gpu(made, 1, capacity=1)
+    engine = on_gpu(1, capacity=1)
     used = set()
     for steps in range(1, device.TABLES + 10):
         job = Job(picture(), rows(steps, "ddim"), seed=steps)
@@ -187,7 +218,8 @@ def test_pictures_of_many_runs_and_many_tables(gpu: MakeCuda) -> None:
     assert max(used) < min(used) + 28 * sum(range(device.TABLES + 10)) + 4096
 
 
-def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host(gpu: MakeCuda) -> None:
+@pytest.mark.usefixtures("any_gpu")
+def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host() -> None:
     projection = Projection(4, 6, 4)
     lr = picture()[:, :4, :6]
 
@@ -200,7 +232,7 @@ def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host(gpu: 
         Job(picture(3), rows(4), seed=3, consistency="every", lr=lr, projection=projection),
         Job(picture(4), rows(5), seed=4, consistency="final", lr=lr, projection=projection),
     ]
-    engine = on_gpu(gpu())
+    engine = on_gpu()
     for found, job in zip(run(engine, *mixed), mixed, strict=True):
         assert np.array_equal(found, run(on_host(), job)[0])
     engine.join(mixed[1])
@@ -214,14 +246,13 @@ def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host(gpu: 
 
 
 def test_two_threads_share_a_network(gpu: MakeCuda) -> None:
-    made = gpu()
-    network, found = OnGpu(made, 1, 2), dict[int, list[Floats]]()
+    gpu()
+    network, found = OnGpu(1, 2), dict[int, list[Floats]]()
     lock = threading.Lock()  # CUDA on the host is not thread-safe; the point is that engines share nothing
 
     def work(i: int) -> None:
         with lock:
-            engine = DeviceEngine(network, capacity=2, channels=SHAPE[0], height=SHAPE[1], width=SHAPE[2])
-            found[i] = run(engine, *jobs(2))
+            found[i] = run(on_gpu(network=network, capacity=2), *jobs(2))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -235,13 +266,16 @@ def test_a_job_that_breaks_names_its_step_and_harms_no_other(gpu: MakeCuda) -> N
     made = gpu()
     calls = 0
 
-    def broken(out: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # the first is the one before the capture
-            made.array(out, (2, *SHAPE))[1, 2, 15, 23] = np.nan
+    def after(stream: int, out: int) -> None:
+        def work() -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 4:  # the first is the one before the capture
+                made.array(out, (2, *SHAPE))[1, 2, 15, 23] = np.nan
 
-    engine = DeviceEngine(OnGpu(made, 2, broken=broken), capacity=2, channels=SHAPE[0], height=SHAPE[1], width=SHAPE[2])
+        made.enqueue(stream, work)
+
+    engine = on_gpu(network=OnGpu(2, after=after), capacity=2)
     well, ill = Job(picture(1), rows(6), seed=1), Job(picture(2), rows(8), seed=2)
     engine.join(well)
     engine.join(ill)
@@ -254,7 +288,8 @@ def test_a_job_that_breaks_names_its_step_and_harms_no_other(gpu: MakeCuda) -> N
 
 
 def test_what_does_not_fit_is_refused(gpu: MakeCuda) -> None:
-    engine = on_gpu(gpu(), capacity=1)
+    gpu()
+    engine = on_gpu(capacity=1)
     with pytest.raises(OptionError, match=r"takes x of \(3, 16, 24\) and a table with rows, found \(3, 8, 8\) and 6"):
         engine.join(Job(np.zeros((3, 8, 8), np.float32), rows(), seed=0))
     with pytest.raises(OptionError, match="not in this engine"):
@@ -267,9 +302,44 @@ def test_what_does_not_fit_is_refused(gpu: MakeCuda) -> None:
 
 
 def test_pictures_that_no_call_can_begin_at(gpu: MakeCuda) -> None:
-    network = OnGpu(gpu(), 1)
+    gpu()
+    network = OnGpu(1)
     with pytest.raises(BackendError, match=r"2 pictures of 4×4 do not fit one engine of arithmetic, and cannot be split .* a batch of 1"):
         DeviceEngine(network, capacity=2, channels=3, height=4, width=4)
+
+
+@pytest.mark.usefixtures("any_gpu")
+def test_the_kernels_have_the_bits_of_the_hosts_step() -> None:
+    made, stream, shape = Gpu(), Stream(), (2, 5, 250, 331)
+    size = int(np.prod(shape))
+    runs = [rows(4, "sr3"), rows(4, "dpm++2m")]
+    memory = cuda.Memory(made, 4 * 3 * size, "a test")
+    y, net, x0 = (memory.address + 4 * i * size for i in range(3))
+    tables, states = [cuda.Memory(made, one.nbytes, "tables") for one in runs], np.zeros(2, device.SLOT)
+    for state, table_, one, seed in zip(states, tables, runs, (7, 2**64 - 1), strict=True):
+        stream.to_device(table_.address, one)
+        state["seed"], state["table"], state["rows"] = seed, table_.address, len(one)
+    slots = cuda.Memory(made, states.nbytes, "slots")
+    stream.to_device(slots.address, states)
+    stream.clear(x0, 4 * size)
+    blocks = -(-shape[2] * shape[3] // 128)
+    for i in range(2):
+        made.launch("sr3_start", (blocks, 1), 128, (y, slots.address, i, *shape[1:]), stream)
+    wanted = np.stack([normals(shape[1:], seed=int(state["seed"]), step=START) for state in states])
+    before, found = np.zeros(shape, np.float32), np.empty(shape, np.float32)
+    for k in range(4):
+        stream.to_host(found, y)
+        stream.wait()
+        assert np.array_equal(found, wanted)
+        prediction = np.tanh(wanted)
+        stream.to_device(net, prediction)
+        made.launch("sr3_step", (blocks, 2), 128, (y, net, x0, slots.address, *shape[1:]), stream)
+        made.launch("sr3_next", (1, 1), 128, (slots.address, 2), stream)
+        now = np.stack([one[k] for one in runs])
+        assert _native.step(wanted, prediction, before, now, states["seed"].copy(), np.array([k, k], np.uint32), clip=True, threads=1)
+    stream.to_host(found, x0)
+    stream.wait()
+    assert np.array_equal(found, before)
 
 
 # --- what goes wrong on a GPU
@@ -278,9 +348,9 @@ def test_pictures_that_no_call_can_begin_at(gpu: MakeCuda) -> None:
 def test_too_little_memory_says_what_was_needed_and_what_is_free(gpu: MakeCuda) -> None:
     made = gpu(total=50_000)
     with pytest.raises(BackendError, match=r"a batch of 4 pictures of 24×16 needs 0 MiB on Host GPU, where 0 of 0 are free: use a smaller"):
-        on_gpu(made)
+        on_gpu()
     made.total = 1 << 28
-    assert run(on_gpu(made), jobs(1)[0])  # and goes on where there is enough
+    assert run(on_gpu(), jobs(1)[0])  # and goes on where there is enough
     assert not made.lost
 
 
@@ -298,33 +368,36 @@ def test_a_call_that_fails_loses_the_run_and_the_next_begins_anew(gpu: MakeCuda,
     made = gpu()
     made.fail[call] = error
     with pytest.raises(BackendError, match=f"CUDA {words}. What was running on it is lost, the next call begins anew"):
-        run(on_gpu(made), *jobs(2))
-    assert all(np.array_equal(a, run(on_host(), job)[0]) for a, job in zip(run(on_gpu(made), *jobs(2)), jobs(2), strict=True))
+        run(on_gpu(), *jobs(2))
+    assert all(np.array_equal(a, run(on_host(), job)[0]) for a, job in zip(run(on_gpu(), *jobs(2)), jobs(2), strict=True))
 
 
 def test_a_failure_in_the_middle_of_a_run_that_ends_the_gpu_says_so(gpu: MakeCuda) -> None:
     made = gpu()
     calls = 0
 
-    def broken(out: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            made.array(8, (1,))
+    def after(stream: int, out: int) -> None:
+        def work() -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                made.array(8, (1,))
 
-    network = OnGpu(made, 1, broken=broken)
+        made.enqueue(stream, work)
+
+    network = OnGpu(1, after=after)
     words = rf"CUDA failed .*: {LASTING}\. The GPU is lost to this process \({LASTING}\): start the process again"
     with pytest.raises(BackendError, match=words):
-        run(DeviceEngine(network, capacity=1, channels=3, height=16, width=24), Job(picture(), rows(20), seed=0))
+        run(on_gpu(network=network, capacity=1), Job(picture(), rows(20), seed=0))
     with pytest.raises(BackendError, match=words):
-        DeviceEngine(network, capacity=1, channels=3, height=16, width=24)
+        on_gpu(network=network, capacity=1)
 
 
 def test_memory_is_given_back(gpu: MakeCuda) -> None:
     made = gpu()
-    network = OnGpu(made, 1, 2, 4)
+    network = OnGpu(1, 2, 4)
     for _ in range(3):
-        engine = DeviceEngine(network, capacity=4, channels=SHAPE[0], height=SHAPE[1], width=SHAPE[2])
+        engine = on_gpu(network=network)
         run(engine, *jobs(4))
         assert made.used
         del engine

@@ -1,4 +1,4 @@
-// sr3rt/native/step.cu on the host: every thread of every launch, one after another. For test_kernels.py.
+// sr3rt/native/step.cu, and the tests' network, on the host: every thread of every launch, one after another. For cuda_on_host.py.
 
 #include <cstdint>
 #include <string_view>
@@ -19,6 +19,7 @@ unsigned atomicCAS(unsigned* address, unsigned expected, unsigned value) {
 
 }  // namespace
 
+#include "arithmetic.cu"
 #include "step.cu"
 
 namespace {
@@ -45,6 +46,7 @@ extern "C" bool launch(const char* name, unsigned columns, unsigned rows, unsign
                 found = (wanted == "sr3_levels" && call(sr3::sr3_levels, parameters)) ||
                         (wanted == "sr3_start" && call(sr3::sr3_start, parameters)) ||
                         (wanted == "sr3_step" && call(sr3::sr3_step, parameters)) ||
-                        (wanted == "sr3_next" && call(sr3::sr3_next, parameters));
+                        (wanted == "sr3_next" && call(sr3::sr3_next, parameters)) ||
+                        (wanted == "arithmetic" && call(arithmetic, parameters));
     return found;
 }
