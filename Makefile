@@ -16,7 +16,7 @@ VENV_SERVE = .venv-serve/.stamp
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard sr3rt/native/*)
 PACKAGE := $(NATIVE) LICENSE README.md $(shell find sr3rt export triton_repo -type f -not -name '*.pyc' -not -name '*.so')
 # What runs without the export extra, and so with the oldest numpy that is supported.
-RUNTIME_TESTS = $(shell grep -LE '^ *(import|from) +(torch|onnx|onnxscript|safetensors|export|sr3rt\.export|benchmarks)\b' tests/test_*.py \
+RUNTIME_TESTS = $(shell grep -LE '^ *(import|from) +(torch|onnx|safetensors|export|sr3rt\.export|benchmarks)\b' tests/test_*.py \
 	| grep -v test_package)
 # NumPy 1.26, which Triton needs, has no wheels for Python 3.13 and later.
 SERVE_PYTHON ?= $(shell for python in $(PYTHON) python3.12 python3.11; do \

@@ -70,6 +70,9 @@ class _Half:
     def _convert(self, source: onnx.NodeProto) -> None:
         node = onnx.NodeProto()
         node.CopyFrom(source)
+        if self._float.isdisjoint(source.output):  # numbers of places, and the like
+            self._nodes.append(node)
+            return
         data = [name for name in source.input if name in self._float or name in self._half]
         floats = [name for name in data if name not in self._half]
         hard = [name for name in floats if name not in self._level]

@@ -1,35 +1,28 @@
 """Checkpoint -> bundle: `python export/to_onnx.py CKPT [-o BUNDLE]`, or `sr3rt export`.
 
-The network becomes its weights, a program (export/program.py) and an ONNX graph (opset 21; inputs x, y, level; output out; float32; batch,
-height and width free). The graph is compared with the checkpoint's own network on the same noise, and all is written with its manifest as
-one directory that is there whole or not at all.
+The network becomes its weights, a program (export/program.py) and an ONNX graph of that (export/graph.py: opset 21; inputs x, y, level;
+output out; float32; batch, height and width free). Both are compared with the checkpoint's own network on the same noise, and all is
+written with its manifest as one directory that is there whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
-    import torch
+    import torch  # noqa: F401
 except ModuleNotFoundError:
     if __name__ != "__main__":  # `sr3rt export` says it itself
         raise
     from sr3rt.errors import MissingExtra
 
     raise SystemExit(str(MissingExtra("export", "torch", "cpu,export"))) from None
-import numpy as np
 from cyclopts import App, Parameter
-from torch import Tensor, nn
+from torch import nn
 
 from sr3rt import __version__, backends, safetensors
 from sr3rt.backends.torch import TorchNetwork
@@ -51,12 +44,6 @@ from sr3rt.export import footprint, parity, program
 from sr3rt.export.progress import progress_line
 from sr3rt.samplers import Sampler
 from sr3rt.schedule import ScheduleSpec
-
-if TYPE_CHECKING:
-    import onnx_ir
-
-OPSET = 21
-INSIDE = 1024  # bytes below which the graph keeps its own copy of a weight
 
 
 def export(
@@ -109,7 +96,7 @@ def export(
         read = checkpoints.read(ckpt, config=config, norm_groups=norm_groups, image_size=image_size, scale=scale, on_progress=progress)
         manifest = _manifest(read, name or ckpt.stem, steps, sampler, consistency)
         with writing(target, overwrite=overwrite) as folder:
-            progress("tracing the network")
+            progress("writing the network")
             write_network(read.net, folder)
             write_manifest(folder, manifest)
             figures = _parity(TorchNetwork(read.net), Bundle.open(folder), manifest, progress)
@@ -132,66 +119,23 @@ def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progres
 
 def _check_packages() -> None:
     """Raises MissingExtra for what would only be missed minutes later."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in ("onnx", "onnxruntime"):
         if find_spec(package) is None:
             raise MissingExtra("export", package, "cpu,export")
 
 
 def write_network(net: nn.Module, folder: Path) -> None:
     """weights.safetensors, network.json and network.onnx of `net(x, y, level)`, one of export/nets."""
-    import onnx_ir
+    import onnx
 
-    tensors = {name: value.detach() for name, value in (*net.named_parameters(), *net.named_buffers())}
-    safetensors.write(folder / WEIGHTS, {name: value.numpy() for name, value in tensors.items()})
-    (folder / PROGRAM).write_text(program.dumps(program.describe(net)), encoding="utf-8")
-    model = _traced(net)
-    _share_weights(model, tensors, folder / WEIGHTS)
-    onnx_ir.save(model, folder / NETWORK)
+    from sr3rt.export.graph import graph
 
-
-def _traced(net: nn.Module) -> onnx_ir.Model:
-    """The graph, with free batch, height and width."""
-    stride, channels = net.config.stride, net.config.channels  # type: ignore[union-attr]
-    side = int(2 * stride)  # type: ignore[operator]
-    x, y = (torch.randn(2, int(channels), side, 2 * side) for _ in range(2))  # type: ignore[arg-type]
-    picture = {0: "batch", 2: "height", 3: "width"}
-    # the exporter prints to stdout and logs what torchvision operators it lacks
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
-        warnings.simplefilter("ignore")
-        traced = torch.onnx.export(
-            net.eval(),
-            (x, y, torch.rand(2, 1)),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["x", "y", "level"],
-            output_names=["out"],
-            dynamic_shapes=(picture, picture, {0: "batch"}),
-        )
-    assert traced is not None
-    for node in traced.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, with paths of the machine that exported
-    return traced.model
-
-
-def _share_weights(model: onnx_ir.Model, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """The graph's large weights become places in the file at `path`, which holds `tensors`; what it folded or changed stays inside.
-
-    The file's SHA-256 is put into the graph, whose own then stands for both.
-    """
-    import onnx_ir
-
-    with path.open("rb") as stream:
-        digest, weights = hashlib.file_digest(stream, "sha256").hexdigest(), safetensors.Weights(stream)
-    for name, value in model.graph.initializers.items():
-        inside = value.const_value
-        if inside is None or inside.nbytes < INSIDE or name not in weights or not np.array_equal(inside.numpy(), tensors[name].numpy()):
-            continue
-        place = weights.place(name)
-        shape = onnx_ir.Shape(place.shape)
-        value.const_value = onnx_ir.ExternalTensor(
-            path.name, place.offset, place.length, onnx_ir.DataType.FLOAT, shape=shape, name=name, base_dir=path.parent
-        )
-    model.metadata_props["weights_sha256"] = digest
+    tensors = {name: value.detach().numpy() for name, value in (*net.named_parameters(), *net.named_buffers())}
+    safetensors.write(folder / WEIGHTS, tensors)
+    described = program.describe(net)
+    (folder / PROGRAM).write_text(program.dumps(described), encoding="utf-8")
+    channels: int = net.config.channels  # type: ignore[union-attr, assignment]
+    onnx.save(graph(described, folder / WEIGHTS, channels=channels), folder / NETWORK)
 
 
 def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sampler: str | None, consistency: Consistency) -> Manifest:
@@ -214,17 +158,6 @@ def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sample
         defaults=Defaults(count, str(chosen), consistency, None if steps else spec),
         source={"checkpoint_sha256": read.sha256, "assumptions": list(read.assumptions), "exporter": f"sr3rt {__version__}"},
     )
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def command(name: str) -> App:

@@ -17,7 +17,7 @@ from sr3rt import __version__
 from sr3rt.bundle import Consistency
 from sr3rt.errors import MissingExtra, OptionError, SR3Error
 
-EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
+EXPORT_PACKAGES = ("torch", "onnx", "safetensors")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 app = App(name="sr3rt", help="Runs trained SR3 super-resolution models, without torch.", version=__version__)

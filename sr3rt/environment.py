@@ -21,7 +21,6 @@ PACKAGES = (
     "tensorrt-rtx-cu13",
     "torch",
     "onnx",
-    "onnxscript",
     "safetensors",
 )
 

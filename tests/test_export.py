@@ -43,17 +43,6 @@ def ready(exported: Exported) -> Path:
     return exported("sr3_a")
 
 
-@pytest.fixture
-def ready_network(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tracing, which takes nearly all of an export's time, is replaced by its result."""
-    monkeypatch.setattr(to_onnx, "write_network", lambda net, folder: copy_network(ready, folder))
-
-
-def copy_network(bundle: Path, folder: Path) -> None:
-    for name in (WEIGHTS, PROGRAM, NETWORK):
-        shutil.copy(bundle / name, folder)
-
-
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the paper's network, as small as it gets."""
@@ -188,7 +177,6 @@ def test_training_goes_on_from_the_weights_of_a_bundle(ready: Path) -> None:
         from_file(ready)
 
 
-@pytest.mark.usefixtures("ready_network")
 def test_a_large_network_is_tried_at_every_level_and_every_shape_but_not_at_all_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +190,6 @@ def test_a_large_network_is_tried_at_every_level_and_every_shape_but_not_at_all_
 # --- what is refused
 
 
-@pytest.mark.usefixtures("ready_network")
 def test_a_graph_that_does_not_match_is_refused_and_leaves_nothing(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight of the last convolution is off by a hundredth of the largest."""
     model = onnx.load(ready / NETWORK)
@@ -216,7 +203,6 @@ def test_a_graph_that_does_not_match_is_refused_and_leaves_nothing(ready: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("ready_network")
 def test_a_run_that_drifts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(to_onnx.parity.Limits, "__init__", lambda self: self.__dict__.update(net=1.0, picture=1e-9))
     with pytest.raises(ParityError, match=r"after 10 steps .* expected at most 1e-09"):
@@ -224,7 +210,6 @@ def test_a_run_that_drifts_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("ready_network")
 def test_a_failed_export_leaves_the_bundle_that_it_was_to_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = Bundle.open(tiny.write(tmp_path / "b")).sha256
 
@@ -245,8 +230,8 @@ def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_onnx, "find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(MissingExtra, match=r"'onnxscript'.*pip install \"sr3rt\[cpu,export\]\""):
+    monkeypatch.setattr(to_onnx, "find_spec", lambda name: None if name == "onnx" else name)
+    with pytest.raises(MissingExtra, match=r"'onnx'.*pip install \"sr3rt\[cpu,export\]\""):
         to_onnx.export(tmp_path / "no such checkpoint", output=tmp_path / "b")
 
 
@@ -303,23 +288,15 @@ def test_a_graph_cannot_reach_beyond_its_weights(offset: str, length: str, tmp_p
 # --- kill -9
 
 
-def test_a_killed_export_leaves_a_whole_bundle_or_none(ready: Path, tmp_path: Path) -> None:
-    """SIGKILL at moments spread over an export's time, half of them while it is to replace a bundle.
-
-    By default a few, of an export whose network is ready, so that most of its time goes into what is written and checked.
-    SR3RT_KILLS=50 kills as many whole exports.
-    """
-    kills = int(os.environ.get("SR3RT_KILLS", "0"))
-    shortcut = "import sys; from pathlib import Path; import sr3rt.export.to_onnx as exporter; import test_export; "
-    shortcut += "ready = Path(sys.argv.pop()); exporter.write_network = lambda net, folder: test_export.copy_network(ready, folder); "
-    code = ("import sys; sys.argv.pop(); " if kills else shortcut) + "from sr3rt.cli import main; main()"
+def test_a_killed_export_leaves_a_whole_bundle_or_none(tmp_path: Path) -> None:
+    """SIGKILL at moments spread over an export's time, half of them while it is to replace a bundle. SR3RT_KILLS: how many (4)."""
     folder = tmp_path / "out"
     target = folder / "b"
-    arguments = ["export", CHECKPOINT, "--config", CONFIG, "-o", target, "--overwrite", ready]
+    arguments = ["export", CHECKPOINT, "--config", CONFIG, "-o", target, "--overwrite"]
 
     def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        command = [sys.executable, "-c", "from sr3rt.cli import main; main()", *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def to_the_end() -> None:
         with start() as process:
@@ -331,7 +308,7 @@ def test_a_killed_export_leaves_a_whole_bundle_or_none(ready: Path, tmp_path: Pa
     began = time.monotonic()
     to_the_end()
     duration = time.monotonic() - began
-    rng, count, outcomes = random.Random(0), kills or 4, []
+    rng, count, outcomes = random.Random(0), int(os.environ.get("SR3RT_KILLS", "4")), []
     for i in range(count):
         if i % 2 == 0:
             shutil.rmtree(target, ignore_errors=True)

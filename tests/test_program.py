@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from sr3rt import safetensors  # noqa: E402
 from sr3rt.export.nets.compact import CompactConfig, CompactUNet  # noqa: E402
 from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet  # noqa: E402
 from sr3rt.export.nets.paper import PRESETS, PaperConfig, PaperUNet  # noqa: E402
@@ -28,6 +30,7 @@ NETS = {
     "paper, as small as it gets": lambda: PaperUNet(PaperConfig(width=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4)),
     **{f"paper {name}": lambda preset=preset: PaperUNet(replace(preset, width=4, norm_groups=2)) for name, preset in PRESETS.items()},
 }
+SHAPES = [(1, 1, 1), (3, 1, 2), (3, 2, 1)]
 
 
 def trained(name: str) -> Any:
@@ -48,17 +51,22 @@ def tensors(net: Any) -> dict[str, Any]:
     return {name: value.detach().numpy() for name, value in (*net.named_parameters(), *net.named_buffers())}
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 2), (3, 2, 1)], ids=lambda shape: "×".join(map(str, shape)))
-def test_program_computes_what_the_network_does(name: str, shape: tuple[int, int, int]) -> None:
-    """A square, and rectangles in a batch of 3 at mixed levels."""
-    net = trained(name)
+def inputs(net: Any, name: str, shape: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+    """x, y and levels of a batch, float64; height and width count the network's strides."""
     channels, stride = net.config.channels, net.config.stride
     batch, height, width = shape[0], shape[1] * stride * (2 if stride < 16 else 1), shape[2] * stride * (2 if stride < 16 else 1)
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64) for _ in range(2))
     level = torch.tensor([[0.9], [0.3], [0.01]], dtype=torch.float64)[:batch]
-    level = (level * 1000).floor() if name == "ddpm_e" else level
+    return x, y, (level * 1000).floor() if name == "ddpm_e" else level
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "×".join(map(str, shape)))
+def test_program_computes_what_the_network_does(name: str, shape: tuple[int, int, int]) -> None:
+    """A square, and rectangles in a batch of 3 at mixed levels."""
+    net = trained(name)
+    x, y, level = inputs(net, name, shape)
     program = json.loads(dumps(describe(net)))
     found = program_oracle.run(program, tensors(net), x.numpy(), y.numpy(), level.numpy())
     with torch.inference_mode():
@@ -82,3 +90,35 @@ def test_program_reads_every_weight_and_only_those(name: str) -> None:
     blank = np.zeros((1, net.config.channels, side, side))
     program_oracle.run(describe(net), weights, blank, blank, [[0.5]])
     assert weights.read == set(weights)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_graph_of_a_program_computes_the_same(name: str, tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from sr3rt.export.graph import graph
+
+    net = trained(name)
+    safetensors.write(tmp_path / "weights", tensors(net))
+    program = describe(net)
+    onnx.save(graph(program, tmp_path / "weights", channels=net.config.channels), tmp_path / "network.onnx")
+    onnx.checker.check_model(tmp_path / "network.onnx", full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    for shape in SHAPES:  # one graph for all
+        x, y, level = (value.float().numpy() for value in inputs(net, name, shape))
+        expected = program_oracle.run(program, tensors(net), x, y, level)
+        (found,) = session.run(None, {"x": x, "y": y, "level": level})
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("change", "error"), [({"do": "wish"}, AttributeError), ({"wings": 2}, TypeError)])
+def test_no_graph_is_made_of_what_is_not_known(change: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    from sr3rt.export.graph import graph
+
+    net = trained("sr3_a")
+    safetensors.write(tmp_path / "weights", tensors(net))
+    program = describe(net)
+    program["operations"][0] |= change
+    with pytest.raises(error):
+        graph(program, tmp_path / "weights", channels=3)
