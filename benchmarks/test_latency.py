@@ -37,8 +37,8 @@ def names(config: pytest.Config, workload: str, batch: int) -> list[str]:
 
 def test_versus(workload: str, batch: int, plan: Plan, measurements: Measurements, request: pytest.FixtureRequest) -> None:
     """All contenders interleaved; an entry of the report."""
-    if (workload, batch) == ("shipped", 1) and not request.config.getoption("--full"):
-        plan = replace(plan, measured=(25,))
+    if not request.config.getoption("--full"):
+        plan = replace(plan, measured=(25,) if (workload, batch) == ("shipped", 1) else (), single_thread=batch == 1)
     measurement = Measurement(WORKLOADS[workload], batch, names(request.config, workload, batch), plan)
     measurements[workload, batch] = measurement
     measurement.visit()

@@ -38,7 +38,7 @@ class DeviceNetwork(Protocol):
     gpu: Gpu
 
     def batches(self, height: int, width: int) -> tuple[int, ...]:
-        """Pictures of that size that one call can take, ascending. Raises BackendError where there is none."""
+        """Pictures of that size that one call can take, ascending. Raises ImageError where there is none."""
         ...
 
     def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:

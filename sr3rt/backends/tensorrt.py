@@ -19,7 +19,7 @@ from sr3rt.backends.cuda import Gpu, Stream
 from sr3rt.backends.device import DeviceEngine, Enqueue
 from sr3rt.bundle import GOLDEN, HALF, NETWORK, Bundle
 from sr3rt.engines import EngineKey
-from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, MissingExtra
+from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, ImageError, MissingExtra
 from sr3rt.golden import check
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
@@ -169,11 +169,11 @@ class TensorRTNetwork:
         self.device = f"cuda:{gpu.index}"
 
     def batches(self, height: int, width: int) -> tuple[int, ...]:
-        """As `DeviceNetwork.batches`."""
+        """As `DeviceNetwork.batches`. Raises ImageError for a size that was not built."""
         found = sorted(batch for *sides, batch in self._engines if sides == [height, width])
         if not found:
             there = ", ".join(sorted({f"{h}x{w}" for h, w, _ in self._engines}))
-            raise BackendError(
+            raise ImageError(
                 f"there is no {self.precision} engine for a result of {height}x{width} (height x width, padded), only for {there}: build "
                 f"one with  python export/to_trt.py BUNDLE --size {height}x{width}  or use device='cpu'"
             )
@@ -215,5 +215,6 @@ class TensorRTNetwork:
         return DeviceEngine(self, capacity=capacity, channels=channels, height=height, width=width)
 
     def memory(self, count: int, height: int, width: int) -> int:
-        """As `Planned.memory`: the host needs none; what the GPU lacks is told when it is taken."""
+        """As `Planned.memory`: none of the host's; what the GPU lacks is told when it is taken. Raises as `batches`."""
+        self.batches(height, width)
         return 0
