@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -35,6 +35,7 @@ def upscale(
     sampler: str | None = None,
     seed: int | None = None,
     consistency: Consistency | None = None,
+    tile: Annotated[int | Literal["auto", "off"], Parameter(name=["--tile", "-t"])] = "auto",
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
@@ -63,6 +64,8 @@ def upscale(
         A seed makes the result repeatable; drawn at random for each picture when not given.
     consistency
         Make the result agree with the input: off, final or every; the bundle's own when not given.
+    tile
+        Side of the windows that a picture is refined in, pixels of the result; off: whole; auto: whole where memory suffices.
     backend
         auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2) or onnxruntime.
     precision
@@ -92,7 +95,13 @@ def upscale(
         for source, target in todo:
             try:
                 (result,) = upscaler.run(
-                    source, steps=steps, sampler=sampler, seed=seed, consistency=consistency, on_step=start(source.name)
+                    source,
+                    steps=steps,
+                    sampler=sampler,
+                    seed=seed,
+                    consistency=consistency,
+                    tile=tile,
+                    on_step=start(source.name),
                 )
                 _write(source, target, result.image, result.provenance if provenance else None, compare=compare)
             except (SR3Error, OSError, MemoryError) as error:

@@ -34,6 +34,7 @@ class Job:
     x: condition, float32 (C, H, W) in [-1, 1]. table: a run (`sr3rt.samplers.table`). seed: 0 … 2**64−1, of the Philox noise;
     `noise` replaces it (a replay of recorded noise). consistency "final" or "every" projects with `lr`, the low-resolution picture,
     float32 (C, h, w) in [-1, 1]; where x is padded at the bottom and right, `lr` is not, and the padding is left as it is.
+    corner: (row, column) of x in the picture that it is a part of; the noise is that place's.
     """
 
     x: Floats
@@ -43,6 +44,7 @@ class Job:
     consistency: Consistency = "off"
     lr: Floats | None = None
     projection: Projection | None = None
+    corner: tuple[int, int] = (0, 0)
 
     def project(self, x0: Floats) -> Floats:
         """x0 (C, H, W) made to agree with the input, within [-1, 1]."""
@@ -156,7 +158,8 @@ class Engine:
             self._y[n] = job.noise(START)
         else:
             one = slice(n, n + 1)
-            _native.normals(self._y[one], np.array([job.seed], np.uint64), np.array([START], np.uint32), threads=self._threads)
+            seeds, steps, corners = np.array([job.seed], np.uint64), np.array([START], np.uint32), np.array([job.corner], np.uint32)
+            _native.normals(self._y[one], seeds, steps, threads=self._threads, corners=corners)
         self._slots.append(Slot(job))
 
     def leave(self, job: Job) -> None:
@@ -214,8 +217,9 @@ class Engine:
         jobs = [slot.job for slot in self._slots]
         seeds = np.array([job.seed for job in jobs], np.uint64)
         steps = np.array([slot.row for slot in self._slots], np.uint32)
+        corners = np.array([job.corner for job in jobs], np.uint32)
         if all(job.noise is None and job.consistency != "every" for job in jobs):
-            return _native.step(y, out, x0, rows, seeds, steps, clip=True, threads=self._threads)
+            return _native.step(y, out, x0, rows, seeds, steps, clip=True, threads=self._threads, corners=corners)
         if self._x0_new is None:
             self._x0_new = np.zeros_like(self._x0)
         new = self._x0_new[:n]
@@ -225,5 +229,7 @@ class Engine:
                 new[i] = job.project(new[i])
             z = None if job.noise is None else np.ascontiguousarray(job.noise(slot.row), np.float32)[None]
             one = slice(i, i + 1)
-            ok &= _native.advance(y[one], new[one], x0[one], rows[one], seeds[one], steps[one], z=z, threads=self._threads)
+            ok &= _native.advance(
+                y[one], new[one], x0[one], rows[one], seeds[one], steps[one], z=z, threads=self._threads, corners=corners[one]
+            )
         return ok

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 
 from sr3rt import backends, memory
-from sr3rt.backends import Floats, Network, Planned, Request
+from sr3rt.backends import Floats, Network, Planned, Request, Sized
 from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
 from sr3rt.engine import Job, Noise, Stepper, engine_of
@@ -20,6 +21,7 @@ from sr3rt.errors import Cancelled, ImageTooLarge, OptionError
 from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
 from sr3rt.samplers import Sampler, Table, table
 from sr3rt.schedule import Schedule, explicit, named, respace, warn_if_noisy_start_is_wrong
+from sr3rt.tiles import SIDES, Assembly, Window, part, pixels, windows
 
 SHIPPED = Path(__file__).parent / "models" / "photo4x"
 """The bundle that `load()` and `upscale()` use when told nothing: 4×, natural photographs."""
@@ -27,6 +29,10 @@ SHIPPED = Path(__file__).parent / "models" / "photo4x"
 OnStep = Callable[[int, int, Callable[[], Any]], bool | None]
 """`on_step(step, steps, preview)`: rows done so far (from 1) and in all, over every picture of the call; `preview()` makes the picture
 predicted so far, as the call would return it (for a list: a list, None for pictures that have not begun). Returning False cancels."""
+
+
+Tile = int | Literal["auto", "off"]
+"""Side of the windows that a picture is refined in, pixels of the result; "off": whole; "auto": whole where that is possible."""
 
 
 class Options(TypedDict, total=False):
@@ -37,14 +43,14 @@ class Options(TypedDict, total=False):
     schedule: str | Sequence[float] | None
     seed: int | Sequence[int] | None
     consistency: Consistency | None
-    tile: str
+    tile: Tile
     on_step: OnStep | None
     noise: Noise | None
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A picture and how it was made: enough to make it again."""
+    """A picture and how it was made: enough to make it again. tile: side of the windows; None where it was refined whole."""
 
     image: Any
     seed: int
@@ -52,11 +58,13 @@ class Result:
     sampler: str
     consistency: Consistency
     bundle: str
+    tile: int | None = None
 
     @property
     def provenance(self) -> dict[str, str]:
         """Text fields for the picture's file."""
-        return {
+        tile = {} if self.tile is None else {"sr3rt:tile": str(self.tile)}
+        return tile | {
             "sr3rt:bundle": self.bundle,
             "sr3rt:seed": str(self.seed),
             "sr3rt:steps": str(self.steps),
@@ -76,11 +84,18 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A picture that is ready for an engine."""
+    """A picture that is ready for an engine: `job` is the whole of it; `parts`, if any, are jobs for windows of side `tile`."""
 
     picture: Picture
     job: Job
     plan: Plan
+    tile: int | None = None
+    parts: tuple[tuple[Window, Job], ...] = ()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What an engine is to do."""
+        return [job for _, job in self.parts] or [self.job]
 
 
 class Upscaler:
@@ -114,7 +129,7 @@ class Upscaler:
         schedule: str | Sequence[float] | None = None,
         seed: int | Sequence[int] | None = None,
         consistency: Consistency | None = None,
-        tile: str = "auto",
+        tile: Tile = "auto",
         on_step: OnStep | None = None,
         noise: Noise | None = None,
     ) -> list[Result]:
@@ -124,16 +139,18 @@ class Upscaler:
         schedule: None, the trained one respaced; "n_timestep", the trained kind made anew with `steps`, as the public implementation's
         option of that name does (warns when it ends far from pure noise); or γ values in (0, 1), which also fix the steps.
         seed: 0 … 2**64−1, or one per picture; None draws them. consistency: "off", "final" or "every" (`sr3rt.consistency`).
-        tile: "auto", the whole picture at once; the only value so far. on_step: see `OnStep`. noise: replaces the seeded noise.
+        tile: "off", the whole picture at once; a number, windows of that side (of the result, pixels), blended where they overlap, which
+        bounds memory; "auto", whole where memory suffices (on TensorRT: where its size was built), else windows. `Result` says which.
+        on_step: see `OnStep`. noise: replaces the seeded noise.
 
         Raises OptionError, ImageError, ImageTooLarge (also when memory does not suffice), NonFiniteError, Cancelled.
         """
-        if tile != "auto":
-            raise OptionError(f"tile {tile!r} is not known: pictures are upscaled whole, use tile='auto'")
         plan = self.plan(steps=steps, sampler=sampler, schedule=schedule, consistency=consistency)
         single = not isinstance(image, (list, tuple))
         images: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
-        tasks = [self.task(item, plan, seed=one, noise=noise) for item, one in zip(images, seeds(seed, len(images)), strict=True)]
+        tasks = [
+            self.task(item, plan, seed=one, noise=noise, tile=tile) for item, one in zip(images, seeds(seed, len(images)), strict=True)
+        ]
         results = self._refine(tasks, on_step, single=single)
         return [self.result(task, results[task]) for task in tasks]
 
@@ -154,17 +171,21 @@ class Upscaler:
         rows = table(chosen, self._schedule(steps, schedule), prediction=manifest.prediction, level=manifest.level)
         return Plan(rows, str(chosen), agree)
 
-    def task(self, image: ImageLike, plan: Plan, *, seed: int, noise: Noise | None = None) -> Task:
-        """The picture read and made ready. Raises ImageError, ImageTooLarge (also when memory does not suffice)."""
+    def task(self, image: ImageLike, plan: Plan, *, seed: int, noise: Noise | None = None, tile: Tile = "off") -> Task:
+        """The picture read and made ready. Raises OptionError, ImageError, ImageTooLarge (also when memory does not suffice)."""
         manifest = self.bundle.manifest
         picture = read(image, limits=self.limits)
-        self._check_memory(picture)
-        made = condition(picture, scale=manifest.scale, stride=manifest.stride)
-        if plan.consistency == "off":
-            return Task(picture, Job(made.x, plan.table, seed, noise), plan)
-        projection = Projection(picture.height, picture.width, manifest.scale)
-        lr = made.lr[:, : picture.height, : picture.width]
-        return Task(picture, Job(made.x, plan.table, seed, noise, plan.consistency, lr, projection), plan)
+        side = self._side(picture, tile)
+        made = condition(picture, scale=manifest.scale, stride=manifest.stride, minimum=side if self._sizes() else None)
+        job = Job(made.x, plan.table, seed, noise)
+        if plan.consistency != "off":
+            projection = Projection(picture.height, picture.width, manifest.scale)
+            lr = made.lr[:, : picture.height, : picture.width]
+            job = Job(made.x, plan.table, seed, noise, plan.consistency, lr, projection)
+        found = windows(*made.x.shape[1:], side=side, unit=math.lcm(manifest.scale, manifest.stride)) if side else []
+        if len(found) <= 1:
+            return Task(picture, job, plan)
+        return Task(picture, job, plan, side, tuple((window, part(job, window, scale=manifest.scale)) for window in found))
 
     def picture(self, task: Task, y0: Floats) -> Any:
         """A prediction of the task's network, float32 (C, H, W) in [-1, 1], as a picture of the kind that came in."""
@@ -173,7 +194,9 @@ class Upscaler:
     def result(self, task: Task, y0: Floats) -> Result:
         """What `run` gives for a task that is done; a PIL image carries its provenance."""
         plan = task.plan
-        result = Result(self.picture(task, y0), task.job.seed, len(plan.table), plan.sampler, plan.consistency, self.bundle.sha256)
+        result = Result(
+            self.picture(task, y0), task.job.seed, len(plan.table), plan.sampler, plan.consistency, self.bundle.sha256, task.tile
+        )
         if hasattr(result.image, "info"):
             result.image.info.update(result.provenance)
         return result
@@ -204,15 +227,40 @@ class Upscaler:
         warn_if_noisy_start_is_wrong(schedule, trained)
         return schedule
 
-    def _check_memory(self, picture: Picture) -> None:
+    def _sizes(self) -> list[tuple[int, int]]:
+        """The only sizes that the network can do, (height, width); empty where it can do any."""
+        return self.network.sizes() if isinstance(self.network, Sized) else []
+
+    def _side(self, picture: Picture, tile: Tile) -> int | None:
+        """Side of the windows for that picture, None for the whole. Raises OptionError, ImageError, ImageTooLarge."""
         scale, stride, available = self.bundle.manifest.scale, self.bundle.manifest.stride, memory.available()
+        unit, sizes = math.lcm(scale, stride), self._sizes()
+        if tile not in ("auto", "off") and (not isinstance(tile, int) or tile < unit or tile % unit):
+            raise OptionError(f"tile must be auto, off or a multiple of {unit}, found {tile!r}")
         height, width = (padded(length, scale=scale, stride=stride) * scale for length in (picture.height, picture.width))
-        needed = self._bytes(height, width)
-        if available is not None and needed > available:
-            raise ImageTooLarge(
-                f"a {picture.width * scale}×{picture.height * scale} result needs about {needed / 2**30:.1f} GiB with this model, "
-                f"{available / 2**30:.1f} GiB are available: crop the picture, or use a machine with more memory"
-            )
+        sides = [tile] if isinstance(tile, int) else []
+        if tile == "auto":  # those that have the least to do come first
+            known = sorted({one for one, other in sizes if one == other}, reverse=True) or SIDES
+            sides = sorted((one for one in known if one % unit == 0), key=lambda one: pixels(height, width, side=one, unit=unit))
+        choices: list[int | None] = [one for one in sides if sizes or one < max(height, width)]
+        if not choices or (not isinstance(tile, int) and (not sizes or (height, width) in sizes)):
+            choices.insert(0, None)
+        needed = [self._needed(height, width, choice) for choice in choices]
+        for choice, size in zip(choices, needed, strict=True):
+            if available is None or size <= available:
+                return choice
+        raise ImageTooLarge(
+            f"a {picture.width * scale}×{picture.height * scale} result needs about {needed[-1] / 2**30:.1f} GiB with this model, "
+            f"{(available or 0) / 2**30:.1f} GiB are available: {'use tile=auto, ' if tile == 'off' else ''}crop the picture, or use a "
+            "machine with more memory"
+        )
+
+    def _needed(self, height: int, width: int, side: int | None) -> int:
+        """Memory for one picture of that padded size, refined whole or in windows. Raises ImageError for a size that cannot be done."""
+        if side is None:
+            return self._bytes(height, width)
+        whole = 8 * self.bundle.manifest.channels * np.dtype(np.float32).itemsize * height * width
+        return whole + (self._bytes(side, side) if self._sizes() else self._bytes(min(side, height), min(side, width)))
 
     def _bytes(self, height: int, width: int) -> int:
         """Memory for one picture of that padded output size: activations, the loop's arrays, and the scores of the finest attention."""
@@ -224,35 +272,37 @@ class Upscaler:
         return loop + pixels * manifest.bytes_per_pixel + 2 * single * tokens**2
 
     def _refine(self, tasks: list[Task], on_step: OnStep | None, *, single: bool) -> dict[Task, Floats]:
-        """Run every task's job to its end; pictures of one padded size share an engine, and the next joins when one is done."""
-        sizes: dict[tuple[int, ...], list[Task]] = {}
+        """Run every job to its end; jobs of one size share an engine, and the next joins when one is done."""
+        sizes: dict[tuple[int, ...], list[Job]] = {}
         for task in tasks:
-            sizes.setdefault(task.job.x.shape, []).append(task)
-        total, done, results = sum(len(task.job.table) for task in tasks), 0, dict[Task, Floats]()
+            for job in task.jobs:
+                sizes.setdefault(job.x.shape, []).append(job)
+        work, windows_only = [Assembly(task.job, task.parts) for task in tasks], all(task.parts for task in tasks)
+        total, done = sum(len(task.job.table) * len(task.jobs) for task in tasks), 0
         for (channels, height, width), waiting in sizes.items():
             fits = max(1, (memory.available() or 2**62) // self._bytes(height, width))
-            capacity = min(len(waiting), self._batch, fits)
+            batch = 1 if windows_only and not self._sizes() else self._batch  # of windows, one at a time: they are to save memory
+            capacity = min(len(waiting), batch, fits)
             engine = engine_of(self.network, capacity=capacity, channels=channels, height=height, width=width, threads=self.threads)
-            queue, running = list(waiting), dict[Job, Task]()
+            queue, running = list(waiting), set[Job]()
             while queue or engine.busy:
                 while queue and engine.free:
-                    task = queue.pop(0)
-                    engine.join(task.job)
-                    running[task.job] = task
+                    job = queue.pop(0)
+                    engine.join(job)
+                    running.add(job)
                 done += engine.busy
                 for ended in engine.step():
-                    results[running.pop(ended.job)] = ended.picture()
-                if on_step is not None and on_step(done, total, lambda: self._preview(tasks, engine, running, results, single)) is False:  # noqa: B023
+                    running.remove(ended.job)
+                    for one in work:
+                        one.take(ended)
+                if on_step is not None and on_step(done, total, lambda: self._preview(tasks, work, engine, running, single)) is False:  # noqa: B023
                     raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
-        return results
+        return {task: one.result() for task, one in zip(tasks, work, strict=True)}
 
-    def _preview(self, tasks: list[Task], engine: Stepper, running: dict[Job, Task], results: dict[Task, Floats], single: bool) -> Any:
-        def one(task: Task) -> Any:
-            if task.job in running:
-                return self.picture(task, engine.prediction(task.job))
-            return self.picture(task, results[task]) if task in results else None
-
-        previews = [one(task) for task in tasks]
+    def _preview(self, tasks: list[Task], work: list[Assembly], engine: Stepper, running: set[Job], single: bool) -> Any:
+        predictions = {job: engine.prediction(job) for job in running}
+        shown = [one.preview(predictions) for one in work]
+        previews = [None if y0 is None else self.picture(task, y0) for task, y0 in zip(tasks, shown, strict=True)]
         return previews[0] if single else previews
 
 

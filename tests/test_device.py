@@ -122,7 +122,7 @@ def run(engine: Stepper, *jobs: Job) -> list[Floats]:
 
 
 def jobs(count: int) -> list[Job]:
-    return [Job(picture(i), rows(3 + 2 * i, SAMPLERS[i % 5]), seed=2**63 + i) for i in range(count)]
+    return [Job(picture(i), rows(3 + 2 * i, SAMPLERS[i % 5]), seed=2**63 + i, corner=(7 * i, 2**31 * (i % 2))) for i in range(count)]
 
 
 @pytest.mark.parametrize(

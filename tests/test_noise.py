@@ -24,7 +24,7 @@ def native_normals(
     shape: tuple[int, int, int], *, seed: int, step: int, row: int = 0, column: int = 0, threads: int = 1
 ) -> NDArray[np.float32]:
     out = np.full(shape, np.nan, dtype=np.float32)
-    _native.normals(out[None], np.array([seed], np.uint64), np.array([step], np.uint32), row, column, threads)
+    _native.normals(out[None], np.array([seed], np.uint64), np.array([step], np.uint32), threads, np.array([[row, column]], np.uint32))
     return out
 
 

@@ -142,11 +142,18 @@ def test_precision_and_device_are_what_was_asked_for(built: Path, put: Put) -> N
 
 def test_a_size_that_was_not_built(built: Path, put: Put) -> None:
     put(right)
+    up, on_cpu = sr3rt.load(built), sr3rt.load(SHIPPED, device="cpu")
     with pytest.raises(
         ImageError,
         match=r"no fp16 engine for a result of 128x96 \(height x width, padded\), only for 64x64, 96x64: build one with  .* 128x96",
     ):
-        sr3rt.load(built).upscale(photograph(32, 24), seed=1)
+        up.upscale(photograph(32, 24), seed=1, tile="off")
+    for size in ((32, 24), (9, 40)):  # windows of the sizes that were built do any; what is smaller is made as large
+        (found,) = up.run(photograph(*size), seed=1)
+        assert found.tile == 64 and found.image.shape == (4 * size[0], 4 * size[1], 3)
+    (found,) = up.run(photograph(32, 24), seed=1)
+    assert psnr(found.image, on_cpu.upscale(photograph(32, 24), seed=1, tile=64)) > 30
+    assert up.run(photograph(9, 9), seed=1)[0].image.shape == (36, 36, 3)
 
 
 @pytest.mark.parametrize(

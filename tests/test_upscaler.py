@@ -149,7 +149,7 @@ def test_two_threads_on_one_upscaler_give_what_each_alone_gives(up: Upscaler, ph
         ({"seed": 2**64}, "seed must be a whole number"),
         ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
         ({"consistency": "sometimes"}, "unknown consistency 'sometimes'"),
-        ({"tile": 128}, "tile 128"),
+        ({"tile": 100}, "tile must be auto, off or a multiple of"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"schedule": [0.5, 0.1], "steps": 3}, "2 gammas and steps is 3"),
     ],

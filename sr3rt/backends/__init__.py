@@ -44,6 +44,15 @@ class Planned(Protocol):
         ...
 
 
+@runtime_checkable
+class Sized(Protocol):
+    """A network that can do some sizes only."""
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """They, (height, width) of the result in pixels."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asked for; "auto" leaves it to the backend. `threads` 0: all that this process may use."""

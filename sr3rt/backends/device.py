@@ -21,7 +21,7 @@ from sr3rt.errors import BackendError, OptionError
 Enqueue = Callable[[int, int, int, int], None]
 """`enqueue(x, y, level, out)` puts one call of the network on its stream; addresses on the GPU."""
 
-SLOT = np.dtype([("seed", "u8"), ("table", "u8"), ("rows", "u4"), ("row", "u4"), ("broken", "u4"), ("unused", "u4")])
+SLOT = np.dtype([("seed", "u8"), ("table", "u8"), *((name, "u4") for name in ("rows", "row", "broken", "top", "left", "unused"))])
 """`Slot` of native/step.cu."""
 
 AHEAD = 2  # steps that may be queued on the GPU: it never waits for the host, and who joins waits for no more than these
@@ -174,7 +174,7 @@ class DeviceEngine:
         n, stream, stage = len(self._slots), self._stream, self._stage
         self._sent[n].wait()
         self._x_staged.array[n] = job.x
-        self._states_staged.array[n] = (job.seed, self._table(job).address, len(job.table), 0, 0, 0)
+        self._states_staged.array[n] = (job.seed, self._table(job).address, len(job.table), 0, 0, *job.corner, 0)
         stream.to_device(stage.x + n * stage.picture, self._x_staged.array[n])
         stream.to_device(self._states.address + n * SLOT.itemsize, self._states_staged.array[n : n + 1])
         self._sent[n].record(stream)

@@ -179,6 +179,10 @@ class TensorRTNetwork:
             )
         return tuple(found)
 
+    def sizes(self) -> list[tuple[int, int]]:
+        """As `Sized.sizes`."""
+        return sorted({(height, width) for height, width, _ in self._engines})
+
     def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
         """As `DeviceNetwork.enqueuer`: an execution context, whose scratch memory TensorRT takes."""
         log, engine = module()[2], self._engines[height, width, batch]

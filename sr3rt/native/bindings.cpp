@@ -91,11 +91,14 @@ const sr3::Row* rows_of(nb::handle rows, std::size_t n) {
     return reinterpret_cast<const sr3::Row*>(data<float>(rows, "rows", {n, 7}));
 }
 
-sr3::Noise noise_of(nb::handle seeds, nb::handle steps, const Extents& extents, std::uint32_t row = 0, std::uint32_t column = 0) {
+// corners: (row, column) of each picture's corner, or None.
+sr3::Noise noise_of(nb::handle seeds, nb::handle steps, nb::handle corners, const Extents& extents) {
     constexpr std::size_t places = std::size_t{1} << 32;
-    if (extents[2] > places - row || extents[3] > places - column)
-        throw nb::value_error("the array's last row and column must be below 2**32: give a smaller row and column");
-    return {data<std::uint64_t>(seeds, "seeds", {extents[0]}), data<std::uint32_t>(steps, "steps", {extents[0]}), row, column};
+    const std::uint32_t* at = corners.is_none() ? nullptr : data<std::uint32_t>(corners, "corners", {extents[0], 2});
+    for (std::size_t i = 0; i < 2 * extents[0]; ++i)
+        if (extents[2 + i % 2] > places - (at == nullptr ? 0 : at[i]))
+            throw nb::value_error("the array's last row and column must be below 2**32: give smaller corners");
+    return {data<std::uint64_t>(seeds, "seeds", {extents[0]}), data<std::uint32_t>(steps, "steps", {extents[0]}), at};
 }
 
 unsigned counted(int threads) {
@@ -116,24 +119,24 @@ void check_apart(const Extents& extents, std::initializer_list<const float*> wri
     }
 }
 
-void normals(nb::handle out, nb::handle seeds, nb::handle steps, std::uint32_t row, std::uint32_t column, int threads) {
+void normals(nb::handle out, nb::handle seeds, nb::handle steps, int threads, nb::handle corners) {
     const Extents extents = picture_extents(out, "out");
     float* out_data = data<float, Writing>(out, "out", extents);
-    const sr3::Noise noise = noise_of(seeds, steps, extents, row, column);
+    const sr3::Noise noise = noise_of(seeds, steps, corners, extents);
     const unsigned count = counted(threads);
     const nb::gil_scoped_release released;
     sr3::normals(out_data, shape_of(extents), noise, count);
 }
 
 bool step(nb::handle y, nb::handle net, nb::handle x0, nb::handle rows, nb::handle seeds, nb::handle steps, bool clip,
-          int threads) {
+          int threads, nb::handle corners) {
     const Extents extents = picture_extents(y, "y");
     float* y_data = data<float, Writing>(y, "y", extents);
     const float* net_data = data<float>(net, "net", extents);
     float* x0_data = data<float, Writing>(x0, "x0", extents);
     check_apart(extents, {y_data, x0_data}, {net_data});
     const sr3::Row* table = rows_of(rows, extents[0]);
-    const sr3::Noise noise = noise_of(seeds, steps, extents);
+    const sr3::Noise noise = noise_of(seeds, steps, corners, extents);
     const unsigned count = counted(threads);
     const nb::gil_scoped_release released;
     return sr3::step(y_data, net_data, x0_data, table, shape_of(extents), noise, clip, count);
@@ -152,7 +155,7 @@ bool predict(nb::handle y, nb::handle net, nb::handle x0_new, nb::handle rows, b
 }
 
 bool advance(nb::handle y, nb::handle x0_new, nb::handle x0, nb::handle rows, nb::handle seeds, nb::handle steps, nb::handle z,
-             int threads) {
+             int threads, nb::handle corners) {
     const Extents extents = picture_extents(y, "y");
     float* y_data = data<float, Writing>(y, "y", extents);
     const float* x0_new_data = data<float>(x0_new, "x0_new", extents);
@@ -160,7 +163,7 @@ bool advance(nb::handle y, nb::handle x0_new, nb::handle x0, nb::handle rows, nb
     const float* z_data = z.is_none() ? nullptr : data<float>(z, "z", extents);
     check_apart(extents, {y_data, x0_data}, {x0_new_data, z_data});
     const sr3::Row* table = rows_of(rows, extents[0]);
-    const sr3::Noise noise = noise_of(seeds, steps, extents);
+    const sr3::Noise noise = noise_of(seeds, steps, corners, extents);
     const unsigned count = counted(threads);
     const nb::gil_scoped_release released;
     return sr3::advance(y_data, x0_new_data, x0_data, table, shape_of(extents), noise, z_data, count);
@@ -177,9 +180,11 @@ void bind_network(nb::module_& module);  // network_bindings.cpp
 
 NB_MODULE(_native, module) {
     module.def("philox", &philox, "counter"_a, "key"_a);
-    module.def("normals", &normals, "out"_a, "seeds"_a, "steps"_a, "row"_a = 0, "column"_a = 0, "threads"_a = 1);
-    module.def("step", &step, "y"_a, "net"_a, "x0"_a, "rows"_a, "seeds"_a, "steps"_a, "clip"_a, "threads"_a);
+    module.def("normals", &normals, "out"_a, "seeds"_a, "steps"_a, "threads"_a = 1, "corners"_a.none() = nb::none());
+    module.def("step", &step, "y"_a, "net"_a, "x0"_a, "rows"_a, "seeds"_a, "steps"_a, "clip"_a, "threads"_a,
+               "corners"_a.none() = nb::none());
     module.def("predict", &predict, "y"_a, "net"_a, "x0_new"_a, "rows"_a, "clip"_a, "threads"_a);
-    module.def("advance", &advance, "y"_a, "x0_new"_a, "x0"_a, "rows"_a, "seeds"_a, "steps"_a, "z"_a.none(), "threads"_a);
+    module.def("advance", &advance, "y"_a, "x0_new"_a, "x0"_a, "rows"_a, "seeds"_a, "steps"_a, "z"_a.none(), "threads"_a,
+               "corners"_a.none() = nb::none());
     bind_network(module);
 }

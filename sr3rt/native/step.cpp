@@ -36,9 +36,11 @@ struct Group {
 Places places(const Block& block, const Shape& shape, const Noise& noise) {
     Places where;
     std::size_t row = block.pixel / shape.w, column = block.pixel % shape.w;
+    const std::uint32_t top = noise.corners == nullptr ? 0 : noise.corners[2 * block.picture];
+    const std::uint32_t left = noise.corners == nullptr ? 0 : noise.corners[2 * block.picture + 1];
     for (std::size_t i = 0; i < block.count; ++i) {
-        where.row[i] = noise.row + static_cast<std::uint32_t>(row);
-        where.column[i] = noise.column + static_cast<std::uint32_t>(column);
+        where.row[i] = top + static_cast<std::uint32_t>(row);
+        where.column[i] = left + static_cast<std::uint32_t>(column);
         if (++column == shape.w) column = 0, ++row;
     }
     return where;

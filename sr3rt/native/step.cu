@@ -20,6 +20,7 @@ struct Slot {
     std::uint32_t rows;    // of the table
     std::uint32_t row;     // the next to do, from 0
     std::uint32_t broken;  // step, from 1, in which a value first was NaN or infinite; 0: none
+    std::uint32_t top, left;  // the place of the slot's corner in its picture
     std::uint32_t unused;
 };
 
@@ -39,10 +40,11 @@ extern "C" __global__ void sr3_start(float* y, const Slot* slots, std::uint32_t 
     const std::uint32_t plane = height * width;
     const std::uint32_t pixel = blockIdx.x * blockDim.x + threadIdx.x;
     if (pixel >= plane) return;
-    const Key key = key_of(slots[which].seed);
+    const Slot slot = slots[which];
+    const Key key = key_of(slot.seed);
     float* const out = y + std::size_t{which} * channels * plane + pixel;
     for (std::uint32_t channel = 0; channel < channels; channel += 4) {
-        const Normals z = normals_at(pixel % width, pixel / width, 0xFFFFFFFFu, channel / 4, key);
+        const Normals z = normals_at(slot.left + pixel % width, slot.top + pixel / width, 0xFFFFFFFFu, channel / 4, key);
         const float four[4] = {z.z0, z.z1, z.z2, z.z3};
         for (std::uint32_t k = 0; k < 4 && channel + k < channels; ++k) out[std::size_t{channel + k} * plane] = four[k];
     }
@@ -61,7 +63,7 @@ extern "C" __global__ void sr3_step(float* y, const float* net, float* x0, Slot*
     std::uint32_t seen = 0;
     for (std::uint32_t channel = 0; channel < channels; channel += 4) {
         Normals z{};
-        if (row.s != 0.0f) z = normals_at(pixel % width, pixel / width, slot.row, channel / 4, key);
+        if (row.s != 0.0f) z = normals_at(slot.left + pixel % width, slot.top + pixel / width, slot.row, channel / 4, key);
         const float four[4] = {z.z0, z.z1, z.z2, z.z3};
         for (std::uint32_t k = 0; k < 4 && channel + k < channels; ++k) {
             const std::size_t at = corner + std::size_t{channel + k} * plane;

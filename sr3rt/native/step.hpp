@@ -189,11 +189,12 @@ struct Shape {
     std::size_t n, c, h, w;
 };
 
-// The noise of each picture: a seed and a step per picture; (row, column) is where the array's corner lies in the picture.
+// The noise of each picture of an array: its seed, its step, and the place (row, column) of the array's corner in it; corners may
+// be null, which is (0, 0) for all.
 struct Noise {
     const std::uint64_t* seeds;
     const std::uint32_t* steps;
-    std::uint32_t row, column;
+    const std::uint32_t* corners;
 };
 
 void normals(float* out, const Shape& shape, const Noise& noise, unsigned threads);
