@@ -86,7 +86,7 @@ def over_batch(entries: Sequence[Entry]) -> str:
     axes.set_xlabel("pictures in a batch")
     axes.set_ylabel("steps a second, all pictures")
     axes.set_title(entries[0]["title"], fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure, axes)
 
 
