@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -262,20 +263,23 @@ def test_two_threads_share_a_network(gpu: MakeCuda) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found[0], found[1], strict=True))
 
 
-def test_a_job_that_breaks_names_its_step_and_harms_no_other(gpu: MakeCuda) -> None:
-    made = gpu()
-    calls = 0
+def in_the_third_step(made: Cuda, do: Callable[[int], object]) -> Callable[[int, int], None]:
+    """An `after` that does something to the network's output, when that step runs."""
+    calls = itertools.count()  # the first is the call before the capture
 
     def after(stream: int, out: int) -> None:
-        def work() -> None:
-            nonlocal calls
-            calls += 1
-            if calls == 4:  # the first is the one before the capture
-                made.array(out, (2, *SHAPE))[1, 2, 15, 23] = np.nan
+        made.enqueue(stream, lambda: do(out) if next(calls) == 3 else None)
 
-        made.enqueue(stream, work)
+    return after
 
-    engine = on_gpu(network=OnGpu(2, after=after), capacity=2)
+
+def test_a_job_that_breaks_names_its_step_and_harms_no_other(gpu: MakeCuda) -> None:
+    made = gpu()
+
+    def spoil(out: int) -> None:
+        made.array(out, (2, *SHAPE))[1, 2, 15, 23] = np.nan
+
+    engine = on_gpu(network=OnGpu(2, after=in_the_third_step(made, spoil)), capacity=2)
     well, ill = Job(picture(1), rows(6), seed=1), Job(picture(2), rows(8), seed=2)
     engine.join(well)
     engine.join(ill)
@@ -374,18 +378,7 @@ def test_a_call_that_fails_loses_the_run_and_the_next_begins_anew(gpu: MakeCuda,
 
 def test_a_failure_in_the_middle_of_a_run_that_ends_the_gpu_says_so(gpu: MakeCuda) -> None:
     made = gpu()
-    calls = 0
-
-    def after(stream: int, out: int) -> None:
-        def work() -> None:
-            nonlocal calls
-            calls += 1
-            if calls == 4:
-                made.array(8, (1,))
-
-        made.enqueue(stream, work)
-
-    network = OnGpu(1, after=after)
+    network = OnGpu(1, after=in_the_third_step(made, lambda out: made.array(8, (1,))))
     words = rf"CUDA failed .*: {LASTING}\. The GPU is lost to this process \({LASTING}\): start the process again"
     with pytest.raises(BackendError, match=words):
         run(on_gpu(network=network, capacity=1), Job(picture(), rows(20), seed=0))
