@@ -73,10 +73,8 @@ def why_not() -> str | None:
 
 def refusal(bundle: Bundle, request: Request) -> str | None:
     """Why this backend cannot do what is asked with that bundle, or None when it can."""
-    if request.precision not in ("auto", *PRECISIONS):
-        return f"the tensorrt backend has fp16 and fp32, precision {request.precision!r} was asked for: use auto, fp16 or fp32"
-    if not (request.device == "auto" or re.fullmatch(r"cuda(:\d+)?", request.device)):
-        return f"the tensorrt backend runs on a GPU, device {request.device!r} was asked for: use auto, cuda, or cuda:1 for the second one"
+    if reason := _unknown(request):
+        return reason
     if not bundle.manifest.engines:
         return _absent(bundle, request)
     try:
@@ -86,13 +84,20 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
     return None
 
 
+def _unknown(request: Request) -> str | None:
+    """Why no bundle could do what is asked, or None."""
+    if request.precision not in ("auto", *PRECISIONS):
+        return f"the tensorrt backend has fp16 and fp32, precision {request.precision!r} was asked for: use auto, fp16 or fp32"
+    if not re.fullmatch(r"auto|cuda(:\d+)?", request.device):
+        return f"the tensorrt backend runs on a GPU, device {request.device!r} was asked for: use auto, cuda, or cuda:1 for the second one"
+    return None
+
+
 def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
     """Raises MissingExtra, BackendError (`why_not`, `refusal`, too little memory), EngineRefused or BundleCorrupt."""
-    reason = why_not()
+    reason = why_not() or _unknown(request)
     if reason:
         raise BackendError(reason)
-    if request.precision not in ("auto", *PRECISIONS) or not re.fullmatch(r"auto|cuda(:\d+)?", request.device):
-        raise BackendError(refusal(bundle, request))
     gpu = Gpu(_index(request))
     keys = _fitting(bundle, request, gpu)
     network = TensorRTNetwork(gpu, {(key.height, key.width, key.batch): _deserialised(bundle, key, gpu) for key in keys}, keys[0].precision)
