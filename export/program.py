@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import nn
 
 from sr3rt.export.nets import compact, janspiry, paper
+from sr3rt.program import FORMAT
 
-FORMAT = 1
 Resample = Literal["up", "down"]
 Program = dict[str, Any]
 Module = Any  # torch declares whatever a module holds as Tensor | Module

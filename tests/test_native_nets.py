@@ -20,8 +20,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import program_oracle  # noqa: E402
-from test_program import NETS, tensors, trained  # noqa: E402
+from test_program import NETS, computed, tensors, trained  # noqa: E402
 
 from sr3rt import _native  # noqa: E402
 from sr3rt.backends import Floats, native  # noqa: E402
@@ -65,7 +64,7 @@ def test_a_network_is_computed(name: str, instructions: str) -> None:
     network = compiled(program, weights, channels, 2, instructions=instructions)
     for shape in ((1, 1, 1), (3, 1, 2), (3, 2, 1), *(() if stride > 16 else ((3, 3, 5),))):
         arrays = inputs(name, *shape)
-        expected, found = program_oracle.run(program, weights, *arrays), run(network, *arrays)
+        expected, found = computed(program, weights, *arrays), run(network, *arrays)
         assert np.abs(expected).max() > 0.01
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sr3rt import _native
 from sr3rt.backends import Floats, Request
-from sr3rt.bundle import PROGRAM, WEIGHTS, Bundle
-from sr3rt.errors import BackendError, BundleCorrupt
-from sr3rt.safetensors import Weights
-
-Tensors = Mapping[str, Floats]
+from sr3rt.bundle import PROGRAM, Bundle
+from sr3rt.errors import BackendError
+from sr3rt.program import Program, Tensors, check, opened
 
 
 def why_not() -> str | None:
@@ -36,12 +33,8 @@ def load(bundle: Bundle, request: Request) -> NativeNetwork:
     reason = why_not() or refusal(bundle, request)
     if reason:
         raise BackendError(reason)
-    try:
-        program = json.loads(bundle.read(PROGRAM))
-        with bundle.open_file(WEIGHTS) as stream:
-            return NativeNetwork(compiled(program, Weights(stream), bundle.manifest.channels, request.thread_count))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise BundleCorrupt(f"{bundle.path / PROGRAM} is not a program of format {FORMAT}: {error!r}. Export the bundle again") from error
+    with opened(bundle) as (program, tensors):
+        return NativeNetwork(compiled(program, tensors, bundle.manifest.channels, request.thread_count))
 
 
 class NativeNetwork:
@@ -69,31 +62,16 @@ class NativeNetwork:
         return self._network.memory(count, height, width)
 
 
-FORMAT = 1
-_KEYS = {
-    "convolution": {"from", "to", "norm", "silu", "resample", "weight", "bias", "stride", "level", "after", "add", "gain"},
-    "resample": {"from", "to", "by"},
-    "attention": {"from", "to"},
-    "to_bands": {"from", "to", "detail"},
-    "from_bands": {"from", "to", "detail", "coarse"},
-}
 _RESAMPLE = {None: "none", "up": "up", "down": "down"}
 
 
-def compiled(program: Mapping[str, Any], tensors: Tensors, channels: int, threads: int, *, instructions: str = "auto") -> _native.Network:
+def compiled(program: Program, tensors: Tensors, channels: int, threads: int, *, instructions: str = "auto") -> _native.Network:
     """The program with its weights packed. instructions: "avx2", "avx512" or the best that is there.
 
     Raises KeyError, TypeError or ValueError for what is not a program.
     """
-    if program["format"] != FORMAT:
-        raise ValueError(f"format {program['format']!r}, expected {FORMAT}")
-    _expect(program, "format", "level", "operations")
+    check(program)
     level = program["level"]
-    _expect(level, "input", "scale", "frequencies", "layers", "silu")
-    if level["input"] not in ("level", "log_sigma"):
-        raise ValueError(f"a level from {level['input']!r}, expected level or log_sigma")
-    for layer in level["layers"]:
-        _expect(layer, "weight", "bias")
     layers = [_linear(layer, tensors) for layer in level["layers"]]
     encoding = (level["input"] == "log_sigma", level["scale"], tensors[level["frequencies"]], layers, level["silu"])
     network = _native.Network(instructions, threads, channels, encoding)
@@ -102,11 +80,6 @@ def compiled(program: Mapping[str, Any], tensors: Tensors, channels: int, thread
         build.add(operation)
     build.finish()
     return network
-
-
-def _expect(found: Mapping[str, Any], *keys: str) -> None:
-    if set(found) != set(keys):
-        raise ValueError(f"found the keys {sorted(found)}, expected {sorted(keys)}")
 
 
 def _linear(layer: Mapping[str, str], tensors: Tensors) -> tuple[Floats, Floats]:
@@ -123,12 +96,7 @@ class _Build:
         self._bands = ("", 0.0)  # the register that to_bands wrote, and its detail
 
     def add(self, operation: Mapping[str, Any]) -> None:
-        kind = operation["do"]
-        if kind not in _KEYS or set(operation) != _KEYS[kind] | {"do"}:
-            raise ValueError(f"the operation {kind!r} with {sorted(operation)} is not known")
-        if operation["to"] in (*self._registers, "x", "y"):
-            raise ValueError(f"register {operation['to']!r} is written twice")
-        made: int | None = getattr(self, f"_{kind}")(operation)
+        made: int | None = getattr(self, f"_{operation['do']}")(operation)
         self._registers[operation["to"]] = -1 if made is None else made
 
     def finish(self) -> None:
@@ -150,10 +118,6 @@ class _Build:
 
     def _convolution(self, one: Mapping[str, Any]) -> int:
         norm, level, tensors = one["norm"], one["level"], self._tensors
-        if norm is not None:
-            _expect(norm, "groups", "eps", "weight", "bias")
-        if level is not None:
-            _expect(level, "weight", "bias", "kind")
         return self._network.convolution(
             self._sources(one["from"]),
             tensors[one["weight"]],

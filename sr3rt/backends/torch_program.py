@@ -1,0 +1,245 @@
+"""A program (docs/program.md) carried out in PyTorch, at any precision and on any device.
+
+Written from the specification, not from the networks that programs are made of: it is also what other implementations are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sr3rt.program import Program, Tensors, check
+
+LIFT = (-1.586134342, -0.052980118, 0.882911075, 0.443506852)  # CDF 9/7
+GAIN = 1.149604398
+
+Registers = dict[str, Tensor]
+Operation = Callable[[Registers, "_Level"], Tensor]
+
+
+class TorchProgram:
+    """`program(x, y, level)` is the prediction. Immutable, and safe to use from several threads.
+
+    dtype: of convolutions and of what they give; of everything else too if that is float64, float32 otherwise: the level, norms, softmax
+    and the wavelet's arithmetic, which float16 cannot hold.
+    """
+
+    def __init__(self, program: Program, tensors: Tensors, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        """Raises KeyError, TypeError or ValueError for what is not a program."""
+        check(program)
+        self.dtype, self.wide, self.device = dtype, torch.float64 if dtype == torch.float64 else torch.float32, device
+        self._tensors = tensors
+        self._level = self._embedding(**program["level"])
+        self._operations = [
+            (one["to"], self._operation(**one), done)
+            for one, done in zip(program["operations"], _last_uses(program["operations"]), strict=True)
+        ]
+        del self._tensors
+
+    def __call__(self, x: Tensor, y: Tensor, level: Tensor) -> Tensor:
+        """x, y: (N, C, H, W); level: (N, 1); the result, too, is of the wide type."""
+        registers, known = {"x": x, "y": y}, self._level(level)
+        for to, operation, done in self._operations:
+            registers[to] = operation(registers, known)
+            for name in done:
+                del registers[name]
+        return registers["out"].to(self.wide)
+
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.array(self._tensors[name])).to(self.device, dtype)
+
+    def _linear(self, *, weight: str, bias: str) -> Callable[[Tensor], Tensor]:
+        return partial(F.linear, weight=self._weight(weight, self.wide), bias=self._weight(bias, self.wide))
+
+    def _embedding(
+        self, *, input: str, scale: float, frequencies: str, layers: list[dict[str, str]], silu: bool
+    ) -> Callable[[Tensor], _Level]:
+        multiples, linear = scale * self._weight(frequencies, self.wide), [self._linear(**layer) for layer in layers]
+
+        def embed(level: Tensor) -> _Level:
+            made = _Level(level)
+            phase = (made.value if input == "level" else (made.noise / made.gamma).log() / 2) * multiples
+            e = torch.cat([phase.sin(), phase.cos()], dim=1)
+            for i, layer in enumerate(linear):
+                e = layer(F.silu(e) if i else e)
+            made.embedding = F.silu(e) if silu else e
+            return made
+
+        return embed
+
+    def _operation(self, *, do: str, to: str, **rest: Any) -> Operation:
+        return {  # type: ignore[no-any-return, operator]
+            "convolution": self._convolution,
+            "resample": self._resample,
+            "attention": self._attention,
+            "to_bands": self._to_bands,
+            "from_bands": self._from_bands,
+        }[do](rest.pop("from"), **rest)
+
+    def _convolution(
+        self,
+        sources: list[str],
+        *,
+        norm: Mapping[str, Any] | None,
+        silu: bool,
+        resample: str | None,
+        weight: str,
+        bias: str | None,
+        stride: int,
+        level: Mapping[str, str] | None,
+        after: str | None,
+        add: str | None,
+        gain: float,
+    ) -> Operation:
+        kernel = self._weight(weight, self.dtype)
+        height, width = kernel.shape[2:]
+        padding = {(1, 1): 0, (3, 3): 1}[height, width]
+        convolve = partial(
+            F.conv2d, weight=kernel, bias=None if bias is None else self._weight(bias, self.dtype), stride=stride, padding=padding
+        )
+        normalise, conditioned = norm and self._norm(**norm), level and self._conditioned(**level)
+        resized, activated = {None: None, "up": _up, "down": _down}[resample], {None: False, "silu": True}[after]
+
+        def run(registers: Registers, known: _Level) -> Tensor:
+            h = _joined(registers, sources)
+            if normalise:
+                h = normalise(h)
+            if silu:
+                h = F.silu(h)
+            if resized:
+                h = resized(h)
+            h = convolve(h.to(self.dtype))
+            if conditioned:
+                h = conditioned(h, known)
+            if activated:
+                h = F.silu(h)
+            if add is not None:
+                h = h + registers[add].to(self.dtype)
+            return h if gain == 1 else h * gain
+
+        return run
+
+    def _norm(self, *, groups: int, eps: float, weight: str, bias: str) -> Callable[[Tensor], Tensor]:
+        scale, shift = self._weight(weight, self.wide), self._weight(bias, self.wide)
+        return lambda h: F.group_norm(h.to(self.wide), groups, scale, shift, eps).to(h.dtype)
+
+    def _conditioned(self, *, weight: str, bias: str, kind: str) -> Callable[[Tensor, _Level], Tensor]:
+        linear, parts = self._linear(weight=weight, bias=bias), {"shift": 1, "scale_shift": 2}[kind]
+
+        def run(h: Tensor, known: _Level) -> Tensor:
+            *scale, shift = linear(known.embedding)[:, :, None, None].to(h.dtype).chunk(parts, dim=1)
+            return (h * (1 + scale[0]) if scale else h) + shift
+
+        return run
+
+    def _resample(self, sources: list[str], *, by: str) -> Operation:
+        resized = {"up": _up, "down": _down}[by]
+        return lambda registers, known: resized(_one(registers, sources))
+
+    def _attention(self, sources: list[str]) -> Operation:
+        def run(registers: Registers, known: _Level) -> Tensor:
+            qkv = _one(registers, sources)
+            q, k, v = qkv.flatten(2).transpose(1, 2).chunk(3, dim=2)  # (N, H·W, C)
+            weights = torch.softmax((q * q.shape[2] ** -0.5 @ k.transpose(1, 2)).to(self.wide), dim=2).to(v.dtype)
+            return (weights @ v).transpose(1, 2).reshape(q.shape[0], q.shape[2], *qkv.shape[2:])
+
+        return run
+
+    def _to_bands(self, sources: list[str], *, detail: float) -> Operation:
+        def run(registers: Registers, known: _Level) -> Tensor:
+            x, y = (registers[name].to(self.wide) for name in sources)
+            return torch.cat([F.pixel_unshuffle(x, 2), _details(x, y, known) * known.spread(detail).rsqrt()], dim=1)
+
+        return run
+
+    def _from_bands(self, sources: list[str], *, detail: float, coarse: float) -> Operation:
+        def run(registers: Registers, known: _Level) -> Tensor:
+            x, y, h = (registers[name].to(self.wide) for name in sources)
+            spread, channels = known.spread(detail), x.shape[1]
+            low, fine = h[:, :channels], h[:, channels:]
+            fine = fine * (_wide(known.noise).sqrt() * detail * spread.rsqrt())
+            fine = _details(x, y, known) * (_wide(known.value) * detail**2 / spread) + fine
+            first, second, third = fine.chunk(3, dim=1)
+            return x + _merge(_merge(low * coarse, first, 3), _merge(second, third, 3), 2)
+
+        return run
+
+
+class _Level:
+    """What is known of the pictures' levels, each (N, 1): the value, γ, 1 - γ; and the embedding (N, E)."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.gamma = value, value * value
+        self.noise = (1 - self.gamma).clamp(min=1e-7)
+        self.embedding = value
+
+    def spread(self, detail: float) -> Tensor:
+        """(N, 1, 1, 1)."""
+        return _wide(self.gamma * detail**2 + self.noise)
+
+
+def _last_uses(operations: list[dict[str, Any]]) -> list[set[str]]:
+    """For each operation, the registers that no later one reads."""
+    uses, later = list[set[str]](), {"out"}
+    for one in reversed(operations):
+        read = {*one["from"], one["to"], *({one["add"]} if one.get("add") else ())}
+        uses.append(read - later)
+        later |= read
+    return uses[::-1]
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value[:, :, None, None]
+
+
+def _joined(registers: Registers, sources: list[str]) -> Tensor:
+    return registers[sources[0]] if len(sources) == 1 else torch.cat([registers[name] for name in sources], dim=1)
+
+
+def _one(registers: Registers, sources: list[str]) -> Tensor:
+    (source,) = sources
+    return registers[source]
+
+
+def _up(h: Tensor) -> Tensor:
+    return F.interpolate(h, scale_factor=2, mode="nearest")
+
+
+def _down(h: Tensor) -> Tensor:
+    return F.avg_pool2d(h, 2)
+
+
+def _details(x: Tensor, y: Tensor, known: _Level) -> Tensor:
+    """The three detail bands of y - √γ x."""
+    low, high = _split(y - _wide(known.value) * x, 2)
+    return torch.cat([_split(low, 3)[1], *_split(high, 3)], dim=1)
+
+
+def _shifted(h: Tensor, dim: int, by: int) -> Tensor:
+    """h[i + by], `by` 1 or -1, the end repeated."""
+    n = h.shape[dim]
+    return torch.cat([h.narrow(dim, 1, n - 1), h.narrow(dim, n - 1, 1)] if by == 1 else [h.narrow(dim, 0, 1), h.narrow(dim, 0, n - 1)], dim)
+
+
+def _split(h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """One level of CDF 9/7 along `dim`: low and high band."""
+    even, odd = h.reshape(*h.shape[:dim], -1, 2, *h.shape[dim + 1 :]).unbind(dim + 1)
+    for i in (0, 2):
+        odd = odd + LIFT[i] * (even + _shifted(even, dim, 1))
+        even = even + LIFT[i + 1] * (odd + _shifted(odd, dim, -1))
+    return even * GAIN, odd / GAIN
+
+
+def _merge(low: Tensor, high: Tensor, dim: int) -> Tensor:
+    """The inverse of `_split`."""
+    even, odd = low / GAIN, high * GAIN
+    for i in (2, 0):
+        even = even - LIFT[i + 1] * (odd + _shifted(odd, dim, -1))
+        odd = odd - LIFT[i] * (even + _shifted(even, dim, 1))
+    return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
