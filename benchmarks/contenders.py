@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from benchmarks.workloads import Task
 from sr3rt import backends
 from sr3rt.backends import Floats
 from sr3rt.bench import EngineLoop, Noise
+
+if TYPE_CHECKING:
+    from sr3rt.backends.torch import TorchOnGpu
 
 
 class Stepper(Protocol):
@@ -57,11 +60,13 @@ class Planted:
             pass
 
 
-def _ours(task: Task, backend: str) -> Stepper:
-    request = backends.Request(backend, device=task.device if task.device == "cuda" else "auto", threads=task.threads)
+def _ours(task: Task, backend: str, *, precision: str = "auto", compiled: bool = False) -> Stepper:
+    request = backends.Request(backend, precision, task.device if task.device == "cuda" else "auto", task.threads)
     workload = task.workload
     bundle = workload.bundle_with_engine(task.batch) if backend == "tensorrt" else workload.bundle()
     network = backends.load(bundle, request)
+    if compiled:
+        network = cast("TorchOnGpu", network).compiled()
     loop = EngineLoop(network, task.condition(), task.rows(), threads=request.thread_count)
     return Planted(loop, task.plant) if task.plant is not None else loop
 
@@ -112,7 +117,7 @@ def _why_not_compiled(device: str) -> str | None:
 
 
 def _why_not_ours(backend: str, device: str) -> str | None:
-    if (device == "cpu") == (backend == "tensorrt"):
+    if (device == "cuda") != (backend in ("tensorrt", "torch")):
         return f"this backend does not run on the {device}"
     return backends.why_not(backend)
 
@@ -128,5 +133,10 @@ def contenders() -> dict[str, Contender]:
     ours = [
         Contender(name, f"sr3rt, {name}", module, partial(_ours, backend=name), partial(_why_not_ours, name))
         for name, module in backends.MODULES.items()
+    ]
+    captured = partial(_ours, backend="torch", precision="fp16"), partial(_why_not_ours, "torch")
+    ours += [
+        Contender("torch-half", "sr3rt, torch, fp16", "torch", *captured),
+        Contender("torch-compiled", "sr3rt, torch, fp16, compiled", "torch", partial(captured[0], compiled=True), captured[1]),
     ]
     return {one.name: one for one in (*theirs, *ours)}

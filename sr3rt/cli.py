@@ -67,7 +67,7 @@ def upscale(
     tile
         Side of the windows that a picture is refined in, pixels of the result; off: whole; auto: whole where memory suffices.
     backend
-        auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2) or onnxruntime.
+        auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2), onnxruntime, or torch (a GPU; needs PyTorch).
     precision
         auto, fp32 or fp16.
     device
@@ -216,7 +216,7 @@ def serve(
     max_pixels
         Pixels of results taken on at a time.
     backend
-        auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2) or onnxruntime.
+        auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2), onnxruntime, or torch (a GPU; needs PyTorch).
     precision
         auto, fp32 or fp16.
     device

@@ -8,8 +8,10 @@ at the front of the arrays, so the network runs on exactly the first n; a job's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,7 +21,7 @@ from sr3rt import _native
 from sr3rt.backends import Floats, Network
 from sr3rt.bundle import Consistency
 from sr3rt.consistency import Projection
-from sr3rt.errors import NonFiniteError, OptionError
+from sr3rt.errors import BackendError, NonFiniteError, OptionError
 from sr3rt.noise import START
 from sr3rt.samplers import LEVEL, Table
 
@@ -110,6 +112,48 @@ def engine_of(network: Network, *, capacity: int, channels: int, height: int, wi
     if isinstance(network, BringsEngine):
         return network.engine(capacity=capacity, channels=channels, height=height, width=width)
     return Engine(network, capacity=capacity, channels=channels, height=height, width=width, threads=threads)
+
+
+class Engines:
+    """A network's engines for one caller after another. Those on a GPU are kept for the next: to make one takes memory and a capture.
+
+    threads: of engines on the host. Safe to use from several threads.
+    """
+
+    KEPT = 2  # that nobody uses
+
+    def __init__(self, network: Network, *, threads: int = 1) -> None:
+        self._network, self._threads = network, threads
+        self._idle: list[tuple[dict[str, int], Stepper]] = []
+        self._lock = Lock()
+
+    @contextmanager
+    def using(self, *, capacity: int, channels: int, height: int, width: int) -> Iterator[Stepper]:
+        """An engine as `engine_of` makes it, for the block; it must be left empty. One that was not, or failed, is not used again."""
+        shape = {"capacity": capacity, "channels": channels, "height": height, "width": width}
+        engine = self._kept(shape) or self._made(shape)
+        yield engine
+        if isinstance(self._network, BringsEngine) and not engine.busy:
+            with self._lock:
+                self._idle = [*self._idle, (shape, engine)][-self.KEPT :]
+
+    def _kept(self, shape: dict[str, int]) -> Stepper | None:
+        with self._lock:
+            found = next((one for one in self._idle if one[0] == shape), None)
+            if found:
+                self._idle.remove(found)
+        return found and found[1]
+
+    def _made(self, shape: dict[str, int]) -> Stepper:
+        try:
+            return engine_of(self._network, **shape, threads=self._threads)
+        except BackendError:
+            with self._lock:
+                held = bool(self._idle)
+                self._idle = []
+            if not held:
+                raise
+        return engine_of(self._network, **shape, threads=self._threads)  # what was kept may have been in the way
 
 
 def not_finite(network: Network, step: int, steps: int) -> NonFiniteError:

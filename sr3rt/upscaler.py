@@ -16,7 +16,7 @@ from sr3rt import backends, memory
 from sr3rt.backends import Floats, Network, Planned, Request, Sized
 from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
-from sr3rt.engine import Job, Noise, Stepper, engine_of
+from sr3rt.engine import Engines, Job, Noise, Stepper
 from sr3rt.errors import Cancelled, ImageTooLarge, OptionError
 from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
 from sr3rt.samplers import Sampler, Table, table
@@ -107,6 +107,7 @@ class Upscaler:
             raise OptionError(f"batch must be at least 1, found {batch}")
         self.bundle, self.network = bundle, network
         self.threads, self.limits, self._batch = threads, limits or Limits(), batch
+        self._engines = Engines(network, threads=threads)
 
     @overload
     def upscale(self, image: Sequence[ImageLike], **options: Unpack[Options]) -> list[Any]: ...
@@ -283,20 +284,20 @@ class Upscaler:
             fits = max(1, (memory.available() or 2**62) // self._bytes(height, width))
             batch = 1 if windows_only and not self._sizes() else self._batch  # of windows, one at a time: they are to save memory
             capacity = min(len(waiting), batch, fits)
-            engine = engine_of(self.network, capacity=capacity, channels=channels, height=height, width=width, threads=self.threads)
-            queue, running = list(waiting), set[Job]()
-            while queue or engine.busy:
-                while queue and engine.free:
-                    job = queue.pop(0)
-                    engine.join(job)
-                    running.add(job)
-                done += engine.busy
-                for ended in engine.step():
-                    running.remove(ended.job)
-                    for one in work:
-                        one.take(ended)
-                if on_step is not None and on_step(done, total, lambda: self._preview(tasks, work, engine, running, single)) is False:  # noqa: B023
-                    raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
+            with self._engines.using(capacity=capacity, channels=channels, height=height, width=width) as engine:
+                queue, running = list(waiting), set[Job]()
+                while queue or engine.busy:
+                    while queue and engine.free:
+                        job = queue.pop(0)
+                        engine.join(job)
+                        running.add(job)
+                    done += engine.busy
+                    for ended in engine.step():
+                        running.remove(ended.job)
+                        for one in work:
+                            one.take(ended)
+                    if on_step is not None and on_step(done, total, lambda: self._preview(tasks, work, engine, running, single)) is False:  # noqa: B023
+                        raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
         return {task: one.result() for task, one in zip(tasks, work, strict=True)}
 
     def _preview(self, tasks: list[Task], work: list[Assembly], engine: Stepper, running: set[Job], single: bool) -> Any:
@@ -331,8 +332,9 @@ def load(
 ) -> Upscaler:
     """Open a bundle (None: the one that ships) on a backend.
 
-    backend: "auto", "tensorrt" (a GPU, and a bundle with engines), "native" (sr3rt's own engine; needs AVX2) or "onnxruntime".
-    precision: "auto", "fp32" or "fp16" (TensorRT's; onnxruntime's is slow). device: "auto", "cpu", "cuda" or "cuda:1", the second GPU.
+    backend: "auto", "tensorrt" (a GPU, and a bundle with engines), "native" (sr3rt's own engine; needs AVX2), "onnxruntime", or "torch" (a
+    GPU, without engines; needs PyTorch, so "auto" takes it only for device="cuda"). precision: "auto", "fp32", "fp16" (of a GPU;
+    onnxruntime's is slow) or "bf16" (torch's). device: "auto", "cpu", "cuda" or "cuda:1", the second GPU.
     threads: 0, one for each core that this process may use. batch: most pictures in one network call. limits: of the pictures taken
     (`sr3rt.images.Limits`).
 

@@ -73,12 +73,13 @@ MODULES = {
     "tensorrt": "sr3rt.backends.tensorrt",
     "native": "sr3rt.backends.native",
     "onnxruntime": "sr3rt.backends.onnxruntime",
+    "torch": "sr3rt.backends.torch",
 }
 """Each module has `load(bundle, request) -> Network`, `why_not() -> str | None`, which says why it cannot run here, and
 `refusal(bundle, request) -> str | None`, which says why it cannot do what is asked with that bundle."""
 
-ORDER = ("tensorrt", "native", "onnxruntime")
-"""What "auto" tries, best first."""
+ORDER = ("tensorrt", "native", "onnxruntime", "torch")
+"""What "auto" tries, best first; torch, which is on a GPU, where the others are not for that device."""
 
 
 def why_not(name: str) -> str | None:

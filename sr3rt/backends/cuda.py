@@ -6,8 +6,10 @@ Objects free what they hold when they go. Everything but `why_not` raises Backen
 from __future__ import annotations
 
 import ctypes
+import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,6 +38,14 @@ def why_not(device: int = 0) -> str | None:
     if status != runtime.cudaError_t.cudaSuccess or not count:
         return f"CUDA finds no GPU ({status.name}): look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use device='cpu'"
     return None if device < count else f"there is no GPU {device}: CUDA finds {count}, counted from 0"
+
+
+def runtime_version() -> str:
+    """Of the CUDA that cuda-bindings are of."""
+    from cuda.bindings import runtime
+
+    version = int(checked(runtime.cudaRuntimeGetVersion(), "asking for the version"))
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def checked(result: Sequence[Any], doing: str) -> Any:
@@ -200,6 +210,18 @@ class Event:
         return float(checked(self._runtime.cudaEventElapsedTime(earlier.handle, self.handle), "reading a time")) / 1e3
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may hold memory of the GPU, and to free that in the middle of a capture breaks it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Graph:
     """What `record` enqueued on the stream, to be enqueued again as one. It has the addresses and shapes of that time."""
 
@@ -210,7 +232,8 @@ class Graph:
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal  # other threads may take memory meanwhile
         checked(runtime.cudaStreamBeginCapture(stream.handle, mode), "beginning a graph's capture")
         try:
-            record()
+            with _no_collection():
+                record()
         except BaseException:
             runtime.cudaStreamEndCapture(stream.handle)  # the first error is the one to tell
             raise

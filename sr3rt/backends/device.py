@@ -7,6 +7,7 @@ in which the busy slots are put together from the batch sizes that the network h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
@@ -101,6 +102,54 @@ class Stage:
             at = first * self.picture
             self._enqueuers[batch](self.x + at, self.y + at, self.level(first), self.net + at)
 
+    def step(self, calls: Iterable[tuple[int, int]], states: int) -> None:
+        """Enqueue one step of every busy slot of `states`, an address. Others in the calls are idle, and keep what they hold."""
+        launch, slots = self.gpu.launch, 0
+        for first, batch in calls:
+            arguments = self.level(first), states + first * SLOT.itemsize, batch
+            launch("sr3_levels", (-(-batch // THREADS), 1), THREADS, arguments, self.stream)
+            slots += batch
+        self.predict(calls)
+        launch("sr3_step", (self.blocks, slots), THREADS, (self.y, self.net, self.x0, states, *self.shape), self.stream)
+        launch("sr3_next", (-(-slots // THREADS), 1), THREADS, (states, slots), self.stream)
+
+    @property
+    def blocks(self) -> int:
+        """Of threads, for the pixels of a picture."""
+        return -(-self.shape[1] * self.shape[2] // THREADS)
+
+
+class OnDevice:
+    """What every `DeviceNetwork` of ours has: its place and its loop."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.device = gpu, f"cuda:{gpu.index}"
+
+    def bind(self: DeviceNetwork, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        """As `Network.bind`."""
+        return bind(self, x, y, level, out)
+
+    def engine(self: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int) -> DeviceEngine:
+        """As `sr3rt.engine.engine_of`."""
+        return DeviceEngine(self, capacity=capacity, channels=channels, height=height, width=width)
+
+    def memory(self: DeviceNetwork, count: int, height: int, width: int) -> int:
+        """As `Planned.memory`: none of the host's; what the GPU lacks is told when it is taken. Raises as `batches`."""
+        self.batches(height, width)
+        return 0
+
+
+def no_gpu(backend: str, device: str) -> str | None:
+    """Why the device that was asked for is none of that backend's, or None."""
+    if re.fullmatch(r"auto|cuda(:\d+)?", device):
+        return None
+    return f"the {backend} backend runs on a GPU, device {device!r} was asked for: use auto, cuda, or cuda:1 for the second one"
+
+
+def gpu_index(device: str) -> int:
+    """Of the GPU that was asked for."""
+    return int(device.partition(":")[2] or 0)
+
 
 def bind(network: DeviceNetwork, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
     """`Network.bind` for a network on a GPU: everything is copied there and back in each call."""
@@ -179,7 +228,7 @@ class DeviceEngine:
         stream.to_device(self._states.address + n * SLOT.itemsize, self._states_staged.array[n : n + 1])
         self._sent[n].record(stream)
         stream.clear(stage.x0 + n * stage.picture, stage.picture)
-        self._gpu.launch("sr3_start", (self._blocks(), 1), THREADS, (stage.y, self._states.address, n, *shape), stream)
+        self._gpu.launch("sr3_start", (stage.blocks, 1), THREADS, (stage.y, self._states.address, n, *shape), stream)
         self._slots.append(Slot(job))
 
     def leave(self, job: Job) -> None:
@@ -269,28 +318,13 @@ class DeviceEngine:
         """A call that enqueues a step of the first `count` slots."""
         calls = tuple(self._stage.cover(count))
         if calls not in self._steppers:
-            enqueue = partial(self._enqueue, calls, self._states.address)
+            enqueue = partial(self._stage.step, calls, self._states.address)
             if self._capture:
-                self._enqueue(calls, self._idle)  # libraries set themselves up in a first call, which cannot be captured
+                self._stage.step(calls, self._idle)  # libraries set themselves up in a first call, which cannot be captured
                 self._stream.wait("in the network's first call")
                 enqueue = partial(Graph(self._stream, enqueue).launch, self._stream)
             self._steppers[calls] = enqueue
         return self._steppers[calls]
-
-    def _enqueue(self, calls: tuple[tuple[int, int], ...], states: int) -> None:
-        """One step of every busy slot of `states`. Others in the calls are idle, and keep what they hold."""
-        stage, launch = self._stage, self._gpu.launch
-        for first, batch in calls:
-            arguments = stage.level(first), states + first * SLOT.itemsize, batch
-            launch("sr3_levels", (-(-batch // THREADS), 1), THREADS, arguments, self._stream)
-        stage.predict(calls)
-        slots = sum(batch for _, batch in calls)
-        launch("sr3_step", (self._blocks(), slots), THREADS, (stage.y, stage.net, stage.x0, states, *stage.shape), self._stream)
-        launch("sr3_next", (-(-slots // THREADS), 1), THREADS, (states, slots), self._stream)
-
-    def _blocks(self) -> int:
-        _, height, width = self._stage.shape
-        return -(-height * width // THREADS)
 
     def _table(self, job: Job) -> Memory:
         """The job's table on the GPU; runs that are alike share one."""

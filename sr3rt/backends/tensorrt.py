@@ -8,15 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from sr3rt.backends import Floats, Request, cuda, device
+from sr3rt.backends import Request, cuda, device
 from sr3rt.backends.cuda import Gpu, Stream
-from sr3rt.backends.device import DeviceEngine, Enqueue
+from sr3rt.backends.device import Enqueue, OnDevice
 from sr3rt.bundle import GOLDEN, HALF, NETWORK, Bundle
 from sr3rt.engines import EngineKey
 from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, ImageError, MissingExtra
@@ -78,7 +76,7 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
     if not bundle.manifest.engines:
         return _absent(bundle, request)
     try:
-        _fitting(bundle, request, Gpu(_index(request)))
+        _fitting(bundle, request, Gpu(device.gpu_index(request.device)))
     except (BackendError, EngineRefused) as error:
         return str(error)
     return None
@@ -88,9 +86,7 @@ def _unknown(request: Request) -> str | None:
     """Why no bundle could do what is asked, or None."""
     if request.precision not in ("auto", *PRECISIONS):
         return f"the tensorrt backend has fp16 and fp32, precision {request.precision!r} was asked for: use auto, fp16 or fp32"
-    if not re.fullmatch(r"auto|cuda(:\d+)?", request.device):
-        return f"the tensorrt backend runs on a GPU, device {request.device!r} was asked for: use auto, cuda, or cuda:1 for the second one"
-    return None
+    return device.no_gpu("tensorrt", request.device)
 
 
 def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
@@ -98,16 +94,11 @@ def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
     reason = why_not() or _unknown(request)
     if reason:
         raise BackendError(reason)
-    gpu = Gpu(_index(request))
+    gpu = Gpu(device.gpu_index(request.device))
     keys = _fitting(bundle, request, gpu)
     network = TensorRTNetwork(gpu, {(key.height, key.width, key.batch): _deserialised(bundle, key, gpu) for key in keys}, keys[0].precision)
     _compare(bundle, network, keys)
     return network
-
-
-def _index(request: Request) -> int:
-    """Of the GPU asked for."""
-    return int(request.device.partition(":")[2] or 0)
 
 
 def _fitting(bundle: Bundle, request: Request, gpu: Gpu) -> list[EngineKey]:
@@ -164,14 +155,14 @@ def _compare(bundle: Bundle, network: TensorRTNetwork, keys: list[EngineKey]) ->
         check(network, bundle.manifest, key, golden[key.name])
 
 
-class TensorRTNetwork:
+class TensorRTNetwork(OnDevice):
     """A `Network` on a GPU, over one engine for each shape (height, width, batch). Safe to use from several threads."""
 
     backend = "tensorrt"
 
     def __init__(self, gpu: Gpu, engines: dict[tuple[int, int, int], Any], precision: str) -> None:
-        self.gpu, self._engines, self.precision = gpu, engines, precision
-        self.device = f"cuda:{gpu.index}"
+        super().__init__(gpu)
+        self._engines, self.precision = engines, precision
 
     def batches(self, height: int, width: int) -> tuple[int, ...]:
         """As `DeviceNetwork.batches`. Raises ImageError for a size that was not built."""
@@ -214,16 +205,3 @@ class TensorRTNetwork:
                 raise BackendError(f"TensorRT cannot run {size}: {log.taken()}")
 
         return enqueue
-
-    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
-        """As `Network.bind`."""
-        return device.bind(self, x, y, level, out)
-
-    def engine(self, *, capacity: int, channels: int, height: int, width: int) -> DeviceEngine:
-        """As `sr3rt.engine.engine_of`."""
-        return DeviceEngine(self, capacity=capacity, channels=channels, height=height, width=width)
-
-    def memory(self, count: int, height: int, width: int) -> int:
-        """As `Planned.memory`: none of the host's; what the GPU lacks is told when it is taken. Raises as `batches`."""
-        self.batches(height, width)
-        return 0
