@@ -81,7 +81,8 @@ def _eager(task: Task, *, half: bool = False, compiled: bool = False) -> Stepper
     if half:
         dtype = torch.float16 if task.device == "cuda" else torch.bfloat16
     net = task.workload.eager()
-    loop = EagerLoop(net, task.condition(), task.rows(), dtype=dtype, channels_last=half, device=task.device)
+    exact = not (half or compiled)
+    loop = EagerLoop(net, task.condition(), task.rows(), dtype=dtype, channels_last=half, device=task.device, exact=exact)
     if compiled:
         loop.compile()
     return loop

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -23,9 +24,13 @@ class EagerLoop:
     """Runs of `rows` for x (N, C, H, W), one after the other. The state is float32; the network may be narrower.
 
     network: seconds spent in the network so far; on a GPU by its own clock, counted when `finish` is called.
+    exact: whether given noise is followed in true float32, for others to be compared with. On a GPU PyTorch's default is TF32, and timed.
     """
 
-    def __init__(self, net: nn.Module, x: Floats, rows: Table, *, dtype: torch.dtype, channels_last: bool, device: str) -> None:
+    def __init__(
+        self, net: nn.Module, x: Floats, rows: Table, *, dtype: torch.dtype, channels_last: bool, device: str, exact: bool = False
+    ) -> None:
+        self._exact = exact
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self._net = net.to(device=device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
         self._x = torch.from_numpy(x).to(device=device, dtype=dtype, memory_format=layout)
@@ -51,7 +56,9 @@ class EagerLoop:
             self.start()
         row = [float(value) for value in self._rows[self._row]]
         level = torch.full((len(self._x), 1), row[LEVEL], dtype=torch.float32).to(self._device, self._dtype)
-        out = self._predict(self._x, self._y.to(dtype=self._dtype, memory_format=self._layout), level)
+        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._exact and self._noise else nullcontext()
+        with exactly:
+            out = self._predict(self._x, self._y.to(dtype=self._dtype, memory_format=self._layout), level)
         self._x0 = (row[P] * self._y + row[Q] * out).clamp_(-1, 1)
         self._y = row[A] * self._y + row[B] * self._x0
         if row[S]:

@@ -46,7 +46,8 @@ class Worker:
     ) -> None:
         self.name = contender if plant is None else f"{contender} with {plant:.0%} planted"
         order = {"contender": contender, "workload": workload, "batch": batch, "steps": steps, "threads": threads, "device": device}
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool left running
+        compilers = os.cpu_count() if device == "cuda" else 1  # a pool that is left running would disturb others on the CPU
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
         self._words: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, __exit__ closes it
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps({**order, "plant": plant})],

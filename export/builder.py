@@ -48,12 +48,12 @@ def build(
     if not (parser.parse_from_file(str(model)) if isinstance(model, Path) else parser.parse(model)):
         reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise BackendError(f"{flavour()} {version()} cannot read the network: {'; '.join(reasons) or log.taken()}")
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config = builder.create_builder_config()
     for i in range(network.num_inputs):
         value = network.get_input(i)
-        shape = (batch, value.shape[1], height, width)[: len(value.shape)]
-        profile.set_shape(value.name, shape, shape, shape)
-    config.add_optimization_profile(profile)
+        value.shape = (batch, value.shape[1], height, width)[: len(value.shape)]  # fixed: nothing is left to be chosen at run time
+    if (capturable := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(capturable)  # TensorRT for RTX wants it of engines whose calls are captured
     if not tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     if opt_level is not None:

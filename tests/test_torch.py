@@ -34,6 +34,7 @@ def on_host(gpu: Made, monkeypatch: pytest.MonkeyPatch) -> Cuda:
     """CUDA on the host, with PyTorch's calls in its streams."""
     made = gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
     monkeypatch.setattr(torch_program, "TorchProgram", lambda *program, device, **rest: TorchProgram(*program, device="cpu", **rest))
     monkeypatch.setattr(backend, "_enqueuer", lambda gpu, stream: partial(made.enqueue, stream.handle))
     monkeypatch.setattr(backend, "_tensor", lambda address, shape, gpu: torch.from_numpy(made.array(address, shape)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sr3rt.bundle import Bundle
-from sr3rt.errors import BackendError, OptionError
+from sr3rt.errors import BackendError, EngineRefused, OptionError
 
 Floats = NDArray[np.float32]
 
@@ -89,17 +90,28 @@ def why_not(name: str) -> str | None:
 
 
 def load(bundle: Bundle, request: Request) -> Network:
-    """The network of `bundle` on the backend asked for. Raises OptionError, BackendError, MissingExtra or BundleCorrupt."""
+    """The network of `bundle` on the backend asked for; by "auto", the first of `ORDER` that does it. One that was expected to and fails is
+    told in a RuntimeWarning. Raises OptionError, BackendError, EngineRefused, MissingExtra or BundleCorrupt.
+    """
     if request.backend not in ("auto", *MODULES):
         raise OptionError(f"unknown backend {request.backend!r}: expected auto, {', '.join(MODULES)}")
     if request.threads < 0:
         raise OptionError(f"threads must be 0 (all) or more, found {request.threads}")
-    names = ORDER if request.backend == "auto" else (request.backend,)
+    if request.backend != "auto":
+        return _loaded(request.backend, bundle, request)
     reasons = {}
-    for name in names:
+    for name in ORDER:
         module = importlib.import_module(MODULES[name])
-        if len(names) == 1 or not (reason := module.why_not() or module.refusal(bundle, request)):
-            network: Network = module.load(bundle, request)
-            return network
-        reasons[name] = reason
+        reasons[name] = module.why_not() or module.refusal(bundle, request)
+        if reasons[name] is None:
+            try:
+                return _loaded(name, bundle, request)
+            except (BackendError, EngineRefused) as error:  # an engine that answers wrongly, too little memory
+                warnings.warn(f"backend {name} should have worked and is left out: {error}", RuntimeWarning, stacklevel=3)
+                reasons[name] = str(error)
     raise BackendError("no backend can do this: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+def _loaded(name: str, bundle: Bundle, request: Request) -> Network:
+    network: Network = importlib.import_module(MODULES[name]).load(bundle, request)
+    return network

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from sr3rt.backends import kernels
 from sr3rt.errors import BackendError, MissingExtra
 
 ALIGNED = 256  # bytes; TensorRT wants it of the tensors that it is given
+ALONE = threading.RLock()
+"""Held during a capture, and by what would break another thread's: to wait for the whole GPU does, whatever the capture's mode."""
+
 _CAPTURE_ERRORS = range(900, 909)  # cudaErrorStreamCapture…: of the capture, not of the GPU
 
 
@@ -61,7 +65,8 @@ def _what_now() -> str:
     from cuda.bindings import runtime
 
     runtime.cudaGetLastError()
-    (status,) = runtime.cudaDeviceSynchronize()
+    with ALONE:
+        (status,) = runtime.cudaDeviceSynchronize()
     if int(status) == 0 or int(status) in _CAPTURE_ERRORS:
         return "What was running on it is lost, the next call begins anew"
     return f"The GPU is lost to this process ({status.name}): start the process again"
@@ -230,14 +235,17 @@ class Graph:
 
         self._runtime = runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal  # other threads may take memory meanwhile
-        checked(runtime.cudaStreamBeginCapture(stream.handle, mode), "beginning a graph's capture")
-        try:
-            with _no_collection():
+        with ALONE, _no_collection():
+            checked(runtime.cudaStreamBeginCapture(stream.handle, mode), "beginning a graph's capture")
+            try:
                 record()
-        except BaseException:
-            runtime.cudaStreamEndCapture(stream.handle)  # the first error is the one to tell
-            raise
-        graph = checked(runtime.cudaStreamEndCapture(stream.handle), "ending a graph's capture")
+            except BaseException:
+                _, graph = runtime.cudaStreamEndCapture(stream.handle)  # the first error is the one to tell
+                if graph:
+                    runtime.cudaGraphDestroy(graph)
+                raise
+            ended = runtime.cudaStreamEndCapture(stream.handle)
+        graph = checked(ended, "ending a graph's capture")
         made = runtime.cudaGraphInstantiate(graph, 0)
         runtime.cudaGraphDestroy(graph)
         self.handle = int(checked(made, "making a graph"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,14 +24,15 @@ def load(capability: tuple[int, int]) -> bytes:
 
     A compiled one is kept in `SR3RT_CACHE`, else in the user's cache folder. Raises MissingExtra, BackendError.
     """
-    if BUILT.exists():
+    if BUILT.exists() and capability >= (8, 0):
         return BUILT.read_bytes()
     kept = _cache() / f"step-{_source_digest()}-sm_{capability[0]}{capability[1]}.cubin"
     if kept.exists():
         return kept.read_bytes()
     cubin = compiled(capability)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept, cubin)
+    with suppress(OSError):  # a cache that cannot be written costs a second each time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, cubin)
     return cubin
 
 

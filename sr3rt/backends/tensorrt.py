@@ -199,8 +199,8 @@ class TensorRTNetwork(OnDevice):
 
         def enqueue(x: int, y: int, level: int, out: int) -> None:
             for name, address in (("x", x), ("y", y), ("level", level), ("out", out)):
-                if name in names:
-                    context.set_tensor_address(name, address)
+                if name in names and not context.set_tensor_address(name, address):
+                    raise BackendError(f"TensorRT does not take the memory for {name} of {size}: {log.taken()}")
             if not context.execute_async_v3(stream.handle):
                 raise BackendError(f"TensorRT cannot run {size}: {log.taken()}")
 

@@ -6,6 +6,7 @@ Together with torch_program.py, the only place of the package proper that import
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 BATCHES = (1, 2, 4, 8, 16)
+_FLAGS = threading.Lock()  # PyTorch's flags are the process's
 
 Module = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 """`module(x, y, level)` is the prediction, float32 all: a `TorchProgram`, a network of export/nets, or either compiled."""
@@ -65,6 +67,7 @@ def load(bundle: Bundle, request: Request) -> TorchOnGpu:
     with opened(bundle) as (program, tensors):
         try:
             module = TorchProgram(program, tensors, dtype=kind, device=f"cuda:{gpu.index}")
+            torch.cuda.synchronize(gpu.index)  # the loop's stream does not wait for the one that the weights went by
         except torch.OutOfMemoryError as error:
             raise BackendError(f"the weights of {bundle.path} do not fit {gpu.name}: {error}") from error
     return TorchOnGpu(module, gpu, channels=bundle.manifest.channels, precision=precision)
@@ -135,7 +138,8 @@ def _enqueuer(gpu: Gpu, stream: Stream) -> Callable[[Callable[[], Any]], None]:
     """A function that makes PyTorch's calls in another go to that stream, with memory from one pool."""
     import torch
 
-    pool = torch.cuda.MemPool()
+    with torch.cuda.device(gpu.index):
+        pool = torch.cuda.MemPool()
     external = torch.cuda.ExternalStream(stream.handle, device=gpu.index)  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -144,8 +148,7 @@ def _enqueuer(gpu: Gpu, stream: Stream) -> Callable[[Callable[[], Any]], None]:
             yield
 
     def run(calls: Callable[[], Any]) -> None:
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # which is on by default, and is not float32
-        with there(), exact:
+        with there(), _FLAGS, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which is on by default, and is not float32
             calls()
 
     return run
