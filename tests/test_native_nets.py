@@ -83,7 +83,7 @@ def test_threads_and_neighbours_change_no_bit_of_a_network(name: str, instructio
             assert (run(network, *(array[i : i + 1] for array in arrays)) == expected[i : i + 1]).all()
 
 
-# --- random networks (native/fuzz.cpp)
+# --- the engine alone (tests/native), under sanitizers
 
 EXACT = ("-std=c++20", "-g0", "-fno-math-errno", "-fno-trapping-math")
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -91,8 +91,8 @@ NOT_THE_NETWORK = {"bindings.cpp", "network_bindings.cpp", "step.cpp", "kernels.
 
 
 @pytest.fixture(scope="module")
-def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """native/fuzz.cpp with the engine; the engine, and what it reads and writes of the fuzz's memory, under sanitizers."""
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with native/fuzz.cpp and native/kernels.cpp; the engine, and what it reads and writes of their memory, under sanitizers."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
@@ -107,7 +107,8 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     units: dict[str, list[str | Path]] = {
         path.stem: [*SANITIZED, path] for path in source.glob("*.cpp") if path.name not in NOT_THE_NETWORK
     }
-    units["fuzz"] = ["-O2", f"-I{source}", ROOT / "tests" / "native" / "fuzz.cpp"]  # it is the slower half by far
+    mains = {path.stem: path for path in (ROOT / "tests" / "native").glob("*.cpp")}
+    units |= {f"main of {name}": ["-O2", f"-I{source}", path] for name, path in mains.items()}  # the slower half by far
     for name, lanes, rows, flags in kinds:
         constants = [f"-DSR3_LANES={lanes}", f"-DSR3_ROWS={rows}", f"-DSR3_KERNELS={name}", f'-DSR3_NAME="{name}"']
         units[name] = [*SANITIZED, "-ffp-contract=fast", *flags.split(), *constants, source / "kernels.cpp"]
@@ -117,15 +118,26 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(build, units))
-    objects = [folder / f"{unit}.o" for unit in units]
-    subprocess.run([compiler, "-fsanitize=address,undefined", *objects, "-pthread", "-o", folder / "fuzz"], check=True)
-    return folder / "fuzz"
+    objects = [folder / f"{unit}.o" for unit in units if not unit.startswith("main")]
+    for name in mains:
+        both = [folder / f"main of {name}.o", *objects]
+        subprocess.run([compiler, "-fsanitize=address,undefined", *both, "-pthread", "-o", folder / name], check=True)
+    return folder
 
 
 @pytest.mark.parametrize("kernels", ["avx2", "wide", "avx512"])
-def test_random_networks_are_computed_without_a_stray_access(fuzz: Path, kernels: str) -> None:
+def test_every_kernel_is_right_alone(programs: Path, kernels: str) -> None:
+    done = subprocess.run([programs / "kernels", "check", kernels], capture_output=True, text=True, check=False, timeout=60)
+    if kernels == "avx512" and done.returncode == 65:
+        pytest.skip("this processor has no AVX-512")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 11
+
+
+@pytest.mark.parametrize("kernels", ["avx2", "wide", "avx512"])
+def test_random_networks_are_computed_without_a_stray_access(programs: Path, kernels: str) -> None:
     """`wide`: vectors as long as those of AVX-512, on any processor with AVX2."""
-    done = subprocess.run([fuzz, "40", "1", kernels], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([programs / "fuzz", "40", "1", kernels], capture_output=True, text=True, check=False, timeout=300)
     if kernels == "avx512" and done.returncode == 2:
         pytest.skip("this processor has no AVX-512")
     assert done.returncode == 0, done.stdout + done.stderr
