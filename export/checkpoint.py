@@ -155,6 +155,10 @@ def place(net: Network, tensors: Mapping[str, Tensor]) -> None:
     net.eval()
 
 
+_ROUNDING = {torch.bfloat16: (2**-8, 0.0), torch.float16: (2**-10, 2**-24)}  # 2**-24 is its smallest number
+"""Of betas by the type that they are stored in: relative, absolute."""
+
+
 def trained_schedule(
     betas: Tensor | None, said: TrainingConfig | None, name: str
 ) -> tuple[NDArray[np.float64], ScheduleSpec | None, list[str]]:
@@ -174,10 +178,13 @@ def trained_schedule(
         raise CheckpointError(
             f"{name}: betas should be (T,), each between 0 and 1, found {tuple(betas.shape)}, values from {betas.min():.3g}"
         )
+    if said is None and betas.dtype in (torch.float16, torch.bfloat16):
+        raise CheckpointError(f"{name} has its betas in {betas.dtype}, which do not tell the schedule: give --config")
     recognised = schedule_of(betas)
     if said is not None:
         made = NAMED[said.trained.kind](said.trained.steps, said.trained.start, said.trained.end)
-        if len(made) != len(betas) or not np.allclose(made, betas.double().numpy(), rtol=3e-7, atol=0):
+        relative, absolute = _ROUNDING.get(betas.dtype, (3e-7, 0.0))
+        if len(made) != len(betas) or not np.allclose(made, betas.double().numpy(), rtol=relative, atol=absolute):
             told = recognised or f"{len(betas)} betas from {betas[0]:.3g} to {betas[-1]:.3g}"
             raise CheckpointError(
                 f"the config does not belong to {name}: training schedule: {said.trained} in the config, {told} in the tensors"

@@ -53,11 +53,12 @@ def attention_stride(net: nn.Module) -> int:
     hooks = [m.register_forward_pre_hook(note) for m in net.modules() if type(m).__name__ == "SelfAttention"]
     config: Any = net.config
     with torch.inference_mode():
-        blank = torch.zeros(1, config.channels, config.stride, config.stride)
+        side = 2 * config.stride  # at the stride itself a norm of one channel a group would have one value
+        blank = torch.zeros(1, config.channels, side, side)
         net(blank, blank, torch.full((1, 1), 0.5))
     for hook in hooks:
         hook.remove()
-    return int(config.stride) // max(sizes) if sizes else 0
+    return int(side) // max(sizes) if sizes else 0
 
 
 def _peaks_elsewhere(bundle: Path, *sizes: int) -> list[int]:

@@ -48,10 +48,11 @@ class Probe:
         return ", ".join(f"{groups}: {error:.3g}" for groups, error in self.errors.items())
 
 
-def allowed(net: nn.Module) -> list[int]:
-    """The candidates that divide the width of every normalisation."""
+def allowed(net: nn.Module, given: int | None = None) -> list[int]:
+    """The candidates, and the number given, that divide the width of every normalisation."""
     widths = [module.num_channels for module in net.modules() if isinstance(module, nn.GroupNorm)]
-    return [groups for groups in CANDIDATES if all(width % groups == 0 for width in widths)]
+    candidates = sorted({*CANDIDATES, given or 1})
+    return [groups for groups in candidates if groups > 0 and all(width % groups == 0 for width in widths)]
 
 
 def set_groups(net: nn.Module, groups: int) -> None:
@@ -61,7 +62,14 @@ def set_groups(net: nn.Module, groups: int) -> None:
             module.num_groups = groups
 
 
-def probe(net: JanspiryUNet, gammas: NDArray[np.float64], scale: int, on_progress: Callable[[str], None] | None = None) -> Probe:
+def probe(
+    net: JanspiryUNet,
+    gammas: NDArray[np.float64],
+    scale: int,
+    on_progress: Callable[[str], None] | None = None,
+    *,
+    given: int | None = None,
+) -> Probe:
     """Measures every candidate on a made-up picture. gammas: (T,), of training. Leaves `net` with the last candidate's number."""
     y0, x = example(net, scale)
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +79,7 @@ def probe(net: JanspiryUNet, gammas: NDArray[np.float64], scale: int, on_progres
     y = gamma.sqrt() * y0 + (1 - gamma).sqrt() * eps
     level = gamma.flatten(1).sqrt() if net.config.variant == "sr3" else torch.tensor(steps, dtype=torch.float32)[:, None]
     errors = {}
-    for groups in allowed(net):
+    for groups in allowed(net, given):
         if on_progress is not None:
             on_progress(f"trying norm_groups {groups}")
         set_groups(net, groups)
@@ -111,12 +119,12 @@ def settle(
     Raises CheckpointError when neither is given, when the number does not divide the network's widths, or when the config's is
     clearly worse. A flag is obeyed, with a NormGroupsWarning when another is clearly better.
     """
-    possible = allowed(net)
     given = config if flag is None else flag
+    possible = allowed(net, given)
     if given is not None and given not in possible:
         source = "the config" if flag is None else "--norm-groups"
         raise CheckpointError(f"{name}: norm_groups {given} ({source}) does not fit this network's widths: expected one of {possible}")
-    result = probe(net, gammas, scale, on_progress)
+    result = probe(net, gammas, scale, on_progress, given=given)
     preferred = result.preferred
     figures = f"mean square of the noise error by norm_groups: {result}"
     if given is None:

@@ -181,10 +181,12 @@ def conflicts(config: TrainingConfig, found: JanspiryConfig) -> list[str]:
 
 
 def schedule_of(betas: Tensor) -> ScheduleSpec | None:
-    """The named schedule that float32 `betas` (T,) were made by; None if no known one makes them.
+    """The named schedule that float32 `betas` (T,) were made by; None if no known one makes them, or they are of half precision.
 
     Its ends are read back as the shortest decimals that round to the float32 ends, so 1e-06 and 0.01 come out exactly.
     """
+    if betas.dtype in (torch.float16, torch.bfloat16):
+        return None
     rounded: NDArray[np.float32] = betas.to(torch.float32).numpy()
     start, end = float(str(rounded[0])), float(str(rounded[-1]))
     for kind, make in NAMED.items():

@@ -81,6 +81,12 @@ def to_trt(
         For a checkpoint: magnification.
     """
     batches, sizes = _numbers(batch), _sizes(size)
+    if opt_level not in (None, *range(6)):
+        raise OptionError(f"--opt-level must be from 0 to 5, found {opt_level}")
+    of_checkpoints = {"--output": output, "--config": config, "--norm-groups": norm_groups, "--image-size": image_size, "--scale": scale}
+    given = [name for name, value in of_checkpoints.items() if value is not None]
+    if source.is_dir() and given:
+        raise OptionError(f"{source} is a bundle, which engines are built into: {', '.join(given)} can only be told for a checkpoint")
     with progress_line() as progress:
         if source.is_dir():
             target = source

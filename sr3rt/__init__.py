@@ -11,6 +11,7 @@ Nothing heavy is imported until it is needed.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sr3rt.errors import (
@@ -36,6 +37,7 @@ from sr3rt.errors import (
 )
 
 if TYPE_CHECKING:
+    from sr3rt.decoding import Limits
     from sr3rt.upscaler import Result, Upscaler, load, upscale
 
 __version__ = "0.1.0"
@@ -52,6 +54,7 @@ __all__ = [
     "EngineRefused",
     "ImageError",
     "ImageTooLarge",
+    "Limits",
     "MissingExtra",
     "NonFiniteError",
     "OptionError",
@@ -68,8 +71,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Result", "Upscaler", "load", "upscale"):
+    if name in ("Limits", "Result", "Upscaler", "load", "upscale"):
         from sr3rt import upscaler
 
         return getattr(upscaler, name)
+    if name == "_native":
+        try:
+            return import_module("sr3rt._native")
+        except ModuleNotFoundError:
+            raise ImportError(
+                f"the sr3rt in {__path__[0]} is a checkout without its compiled part: run  pip install -e .  there, or leave that folder"
+            ) from None
     raise AttributeError(f"module 'sr3rt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -121,5 +121,7 @@ class Network:
         picture's result. Raises ValueError for other shapes, also where the network's stride does not divide H or W; MemoryError.
         """
 
+    def forked(self) -> None:
+        """To be called first in a process that was forked: the thread that was in `run` meanwhile is not there to leave it."""
     def memory(self, count: int, height: int, width: int) -> int:
         """Bytes that a run of so many pictures takes beyond what the network holds already."""

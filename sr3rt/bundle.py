@@ -44,6 +44,7 @@ GOLDEN = "golden.json"
 Consistency = Literal["off", "final", "every"]
 _ZEROS = "0" * 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PLATFORM = re.compile(r"\..*|lost\+found")  # what systems put into folders; it is never read
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MOST_STEPS = 1_000_000  # of a schedule that is made from a manifest: 500 times what networks are trained with
 
@@ -105,7 +106,7 @@ class Bundle:
             raise BundleNotFound(f"no bundle at {folder}: found {found}, expected a folder with sr3.json{hint}")
         manifest, digest = _parse(_read_plain(folder, MANIFEST), folder)
         listed = {MANIFEST, *manifest.files}
-        unlisted = sorted(entry.name for entry in folder.iterdir() if entry.name not in listed)
+        unlisted = sorted(entry.name for entry in folder.iterdir() if not (entry.name in listed or _PLATFORM.fullmatch(entry.name)))
         if unlisted:
             raise BundleCorrupt(f"{folder} holds {unlisted[0]!r}, which sr3.json does not list: remove it, or export the bundle again")
         return cls(folder, manifest, digest)

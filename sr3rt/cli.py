@@ -81,6 +81,8 @@ def upscale(
     provenance
         Note bundle, seed, steps and sampler in the output's metadata; --no-provenance leaves them out.
     """
+    from sr3rt.images import read
+    from sr3rt.saving import check_target
     from sr3rt.upscaler import load
 
     work = _work(input, output)
@@ -94,6 +96,9 @@ def upscale(
     with _bar(len(todo)) as start:
         for source, target in todo:
             try:
+                with warnings.catch_warnings(action="ignore"):  # the run gives them
+                    picture = read(source, limits=upscaler.limits)
+                check_target(picture, target, scale=upscaler.bundle.manifest.scale)  # before minutes of work
                 (result,) = upscaler.run(
                     source,
                     steps=steps,
@@ -108,10 +113,10 @@ def upscale(
                 if isinstance(error, OptionError):
                     raise
                 failed += 1
-                _complain(f"{source}: {error}")
+                _complain(str(error) if str(source) in str(error) else f"{source}: {error}")
                 continue
             if errors.is_terminal:
-                errors.print(f"{escape(str(target))}  [dim]seed {result.seed}[/dim]")
+                errors.print(f"{escape(str(target))}  [dim]seed {result.seed}[/dim]", soft_wrap=True)
     if failed and len(todo) > 1:
         _complain(f"{failed} of {len(todo)} pictures failed")
     return 1 if failed else 0
@@ -268,6 +273,9 @@ def run_command(command: App, arguments: list[str] | None = None) -> None:
             raise
         _complain(str(MissingExtra("export", error.name, "cpu,export")))
         sys.exit(1)
+    except MemoryError as error:
+        _complain(f"there is not enough memory{f': {error}' if str(error) else ''}")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
@@ -297,7 +305,11 @@ def _work(source: Path, output: Path) -> list[tuple[Path, Path]]:
         if target.suffix.lower() not in WRITTEN:
             raise OptionError(f"{target} is no folder and its suffix names no format: give -o a folder that exists, or NAME.png")
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and target.samefile(source):
+            raise OptionError(f"{target} is the picture itself: give -o another name")
         return [(source, target)]
+    if not source.is_dir():
+        raise OptionError(f"{source} is neither a picture file nor a folder of pictures")
     pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not pictures:
         raise OptionError(f"{source} holds no pictures: expected files ending in {', '.join(SUFFIXES)}")
@@ -307,7 +319,12 @@ def _work(source: Path, output: Path) -> list[tuple[Path, Path]]:
     if output.samefile(source):
         raise OptionError(f"{output} is the folder with the pictures: give -o another, so that no picture is taken for a result")
     stems = [path.stem for path in pictures]
-    return [(p, output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png") for p in pictures]
+    work = [(p, output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png") for p in pictures]
+    first: dict[Path, Path] = {}
+    for picture, target in work:
+        if (other := first.setdefault(target, picture)) != picture:
+            raise OptionError(f"{other} and {picture} would both become {target}: rename one")
+    return work
 
 
 def _write(source: Path, target: Path, image: object, provenance: dict[str, str] | None, *, compare: bool) -> None:
@@ -316,11 +333,11 @@ def _write(source: Path, target: Path, image: object, provenance: dict[str, str]
     from sr3rt.saving import save
 
     assert isinstance(image, Image.Image)
-    save(image, target, provenance=provenance)
     if compare:
         from sr3rt.report import side_by_side
 
         save(side_by_side(source, image), target.with_name(f"{target.stem}-compare.png"))
+    save(image, target, provenance=provenance)
 
 
 @contextmanager
@@ -334,7 +351,7 @@ def _bar(files: int) -> Iterator[Callable[[str], Callable[[int, int, object], No
         count = iter(range(1, files + 1))
 
         def start(name: str) -> Callable[[int, int, object], None]:
-            progress.reset(task, description=f"{name} ({next(count)}/{files})" if files > 1 else name)
+            progress.reset(task, description=escape(f"{name} ({next(count)}/{files})" if files > 1 else name))
             return lambda step, steps, preview: progress.update(task, completed=step, total=steps)
 
         yield start

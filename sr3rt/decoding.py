@@ -63,7 +63,8 @@ def read_bytes(path: Path, limits: Limits) -> bytes:
         if not stat.S_ISREG(kind.st_mode):  # a pipe or a device might never end
             raise ImageError(f"{path} is {'a folder' if stat.S_ISDIR(kind.st_mode) else 'not a regular file'}; expected a picture file")
         if kind.st_size > limits.file_bytes:
-            raise ImageTooLarge(f"{path} has {kind.st_size} bytes; the limit for a file is {limits.file_bytes}")
+            told = f"{path} has {kind.st_size} bytes; the limit for a file is {limits.file_bytes}"
+            raise ImageTooLarge(f"{told}: sr3rt.load(limits=sr3rt.Limits(file_bytes=…)) sets another")
         with open(path, "rb") as file:
             return file.read(limits.file_bytes + 1)
     except FileNotFoundError as error:

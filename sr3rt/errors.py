@@ -71,6 +71,10 @@ class MissingExtra(BackendError, ImportError):
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
         super().__init__(f'{feature} needs the package {package!r}, which is not installed: run  pip install "sr3rt[{extra}]"')
+        self._told = feature, package, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
+        return type(self), self._told  # to be made again in another process
 
 
 class CheckpointError(SR3Error):

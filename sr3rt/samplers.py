@@ -78,7 +78,7 @@ class Sampler:
     @classmethod
     def parse(cls, text: str) -> Sampler:
         """From "sr3", "posterior", "ddim", "ddim(0.5)" or "dpm++2m". Raises OptionError."""
-        match = re.fullmatch(r"(sr3|posterior|dpm\+\+2m|ddim(?:\((\d*\.?\d+)\))?)", text)
+        match = re.fullmatch(r"(sr3|posterior|dpm\+\+2m|ddim(?:\((\d*\.?\d+)\))?)", str(text))
         if match is None or float(match[2] or 0) > 1:
             raise OptionError(f"unknown sampler {text!r}: expected one of {', '.join(NAMES)} with ETA from 0 to 1")
         return cls("ddim", float(match[2] or 0)) if text.startswith("ddim") else cls(text)

@@ -14,8 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sr3rt.errors import ImageError
+from sr3rt.images import Picture
 
-__all__ = ["SUFFIXES", "check", "encode", "save", "write_atomic"]
+__all__ = ["SUFFIXES", "check", "check_target", "encode", "save", "write_atomic"]
 
 # Pillow's name of a format: the modes that it gives back as they were.
 _COLOUR = ("L", "LA", "RGB", "RGBA")
@@ -40,6 +41,7 @@ SUFFIXES: dict[str, str] = {
     ".pgm": "PGM",
 }
 
+_LONGEST = {"JPEG": 65535, "WEBP": 16383}  # sides, pixels
 QUALITY = 95  # of JPEG (without chroma subsampling) and WebP, the lossy formats
 _IMAGE_DESCRIPTION = 270  # TIFF 6.0, page 34
 
@@ -61,6 +63,17 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[s
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
     write_atomic(path, encoded)
+
+
+def check_target(picture: Picture, path: Path, *, scale: int) -> None:
+    """Raises ImageError where the format that the path's suffix names cannot hold that picture's result."""
+    kind = SUFFIXES.get(path.suffix.lower(), "")
+    if kind:
+        check(picture.mode, kind)
+    longest = _LONGEST.get(kind, 2**31 - 1)
+    if max(picture.height, picture.width) * scale > longest:
+        result = f"{picture.width * scale}×{picture.height * scale}"
+        raise ImageError(f"{path}: {kind} holds sides of up to {longest} pixels, the result has {result}: write it as .png")
 
 
 def check(mode: str, kind: str) -> None:

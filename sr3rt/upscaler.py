@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args, overload
+from threading import Lock
+from typing import Any, Literal, Unpack, get_args, overload
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from sr3rt.consistency import Projection
 from sr3rt.engine import Engines, Job, Noise, Stepper
 from sr3rt.errors import Cancelled, ImageTooLarge, OptionError
 from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
+from sr3rt.options import OnStep, Options, Tile, gammas, seeds, whole
 from sr3rt.samplers import Sampler, Table, table
 from sr3rt.schedule import Schedule, explicit, named, respace, warn_if_noisy_start_is_wrong
 from sr3rt.tiles import SIDES, Assembly, Window, part, pixels, windows
@@ -26,59 +29,46 @@ from sr3rt.tiles import SIDES, Assembly, Window, part, pixels, windows
 SHIPPED = Path(__file__).parent / "models" / "photo4x"
 """The bundle that `load()` and `upscale()` use when told nothing: 4×, natural photographs."""
 
-OnStep = Callable[[int, int, Callable[[], Any]], bool | None]
-"""`on_step(step, steps, preview)`: rows done so far (from 1) and in all, over every picture of the call; `preview()` makes the picture
-predicted so far, as the call would return it (for a list: a list, None for pictures that have not begun). Returning False cancels."""
-
-
-Tile = int | Literal["auto", "off"]
-"""Side of the windows that a picture is refined in, pixels of the result; "off": whole; "auto": whole where that is possible."""
-
-
-class Options(TypedDict, total=False):
-    """What a run can be told; `Upscaler.run` says what each means."""
-
-    steps: int | None
-    sampler: str | None
-    schedule: str | Sequence[float] | None
-    seed: int | Sequence[int] | None
-    consistency: Consistency | None
-    tile: Tile
-    on_step: OnStep | None
-    noise: Noise | None
-
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A picture and how it was made: enough to make it again. tile: side of the windows; None where it was refined whole."""
+    """A picture and how it was made: given to `Upscaler.run`, seed to tile make it again. bundle: its SHA-256."""
 
-    image: Any
+    image: Any = field(repr=False)
     seed: int
     steps: int
     sampler: str
+    schedule: str | tuple[float, ...] | None
     consistency: Consistency
+    tile: int | Literal["off"]
     bundle: str
-    tile: int | None = None
 
     @property
     def provenance(self) -> dict[str, str]:
         """Text fields for the picture's file."""
-        tile = {} if self.tile is None else {"sr3rt:tile": str(self.tile)}
-        return tile | {
-            "sr3rt:bundle": self.bundle,
-            "sr3rt:seed": str(self.seed),
-            "sr3rt:steps": str(self.steps),
-            "sr3rt:sampler": self.sampler,
-            "sr3rt:consistency": self.consistency,
-        }
+        tile = {} if self.tile == "off" else {"sr3rt:tile": str(self.tile)}
+        listed = self.schedule if isinstance(self.schedule, str) else json.dumps(self.schedule)
+        schedule = {} if self.schedule is None else {"sr3rt:schedule": listed}
+        return (
+            tile
+            | schedule
+            | {
+                "sr3rt:bundle": self.bundle,
+                "sr3rt:seed": str(self.seed),
+                "sr3rt:steps": str(self.steps),
+                "sr3rt:sampler": self.sampler,
+                "sr3rt:consistency": self.consistency,
+            }
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How pictures are to be refined, checked: one row of `table` per step."""
+    """How pictures are to be refined, checked: one row of `table` per step. sampler, schedule: as `Result` has them."""
 
     table: Table
     sampler: str
+    schedule: str | tuple[float, ...] | None
     consistency: Consistency
 
 
@@ -165,12 +155,15 @@ class Upscaler:
     ) -> Plan:
         """The options of `run` that do not depend on the picture, checked. Raises OptionError."""
         manifest = self.bundle.manifest
-        chosen = Sampler.parse(sampler or manifest.defaults.sampler)
-        agree: Consistency = consistency or manifest.defaults.consistency
+        chosen = Sampler.parse(manifest.defaults.sampler if sampler is None else sampler)
+        agree: Consistency = manifest.defaults.consistency if consistency is None else consistency
         if agree not in get_args(Consistency):
             raise OptionError(f"unknown consistency {agree!r}: expected one of {', '.join(get_args(Consistency))}")
-        rows = table(chosen, self._schedule(steps, schedule), prediction=manifest.prediction, level=manifest.level)
-        return Plan(rows, str(chosen), agree)
+        if steps is not None:
+            steps = whole(steps, "steps")
+        kind = schedule if schedule is None or isinstance(schedule, str) else gammas(schedule)
+        rows = table(chosen, self._schedule(steps, kind), prediction=manifest.prediction, level=manifest.level)
+        return Plan(rows, str(chosen), kind, agree)
 
     def task(self, image: ImageLike, plan: Plan, *, seed: int, noise: Noise | None = None, tile: Tile = "off") -> Task:
         """The picture read and made ready. Raises OptionError, ImageError, ImageTooLarge (also when memory does not suffice)."""
@@ -196,22 +189,28 @@ class Upscaler:
         """What `run` gives for a task that is done; a PIL image carries its provenance."""
         plan = task.plan
         result = Result(
-            self.picture(task, y0), task.job.seed, len(plan.table), plan.sampler, plan.consistency, self.bundle.sha256, task.tile
+            image=self.picture(task, y0),
+            seed=task.job.seed,
+            steps=len(plan.table),
+            sampler=plan.sampler,
+            schedule=plan.schedule,
+            consistency=plan.consistency,
+            tile=task.tile or "off",
+            bundle=self.bundle.sha256,
         )
         if hasattr(result.image, "info"):
             result.image.info.update(result.provenance)
         return result
 
-    def _schedule(self, steps: int | None, kind: str | Sequence[float] | None) -> Schedule:
+    def _schedule(self, steps: int | None, kind: str | tuple[float, ...] | None) -> Schedule:
         manifest = self.bundle.manifest
         spec, trained = manifest.trained, manifest.trained.schedule()
-        count = steps or manifest.defaults.steps
-        if steps is not None and steps < 1:
+        count = manifest.defaults.steps if steps is None else steps
+        if count < 1:
             raise OptionError(f"steps must be between 1 and the {len(trained)} that the network was trained with, found {steps}")
         if kind is None:
-            if steps is None and manifest.defaults.schedule is not None:
-                return manifest.defaults.schedule.schedule()
-            return respace(trained, count)
+            own = manifest.defaults.schedule.schedule() if manifest.defaults.schedule else None
+            return own if own is not None and steps in (None, len(own)) else respace(trained, count)
         if kind == "n_timestep":
             base = manifest.defaults.schedule or spec
             if base.kind == "gammas":
@@ -236,8 +235,10 @@ class Upscaler:
         """Side of the windows for that picture, None for the whole. Raises OptionError, ImageError, ImageTooLarge."""
         scale, stride, available = self.bundle.manifest.scale, self.bundle.manifest.stride, memory.available()
         unit, sizes = math.lcm(scale, stride), self._sizes()
-        if tile not in ("auto", "off") and (not isinstance(tile, int) or tile < unit or tile % unit):
-            raise OptionError(f"tile must be auto, off or a multiple of {unit}, found {tile!r}")
+        if tile not in ("auto", "off"):
+            tile = whole(tile, "tile", f"auto, off or a multiple of {unit} from {2 * unit} on")
+            if tile < 2 * unit or tile % unit:
+                raise OptionError(f"tile must be auto, off or a multiple of {unit} from {2 * unit} on, found {tile}")
         height, width = (padded(length, scale=scale, stride=stride) * scale for length in (picture.height, picture.width))
         sides = [tile] if isinstance(tile, int) else []
         if tile == "auto":  # those that have the least to do come first
@@ -296,7 +297,10 @@ class Upscaler:
                         running.remove(ended.job)
                         for one in work:
                             one.take(ended)
-                    if on_step is not None and on_step(done, total, lambda: self._preview(tasks, work, engine, running, single)) is False:  # noqa: B023
+                    if on_step is None:
+                        continue
+                    going = on_step(done, total, lambda: self._preview(tasks, work, engine, running, single))  # noqa: B023
+                    if isinstance(going, bool | np.bool_) and not going:
                         raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
         return {task: one.result() for task, one in zip(tasks, work, strict=True)}
 
@@ -305,19 +309,6 @@ class Upscaler:
         shown = [one.preview(predictions) for one in work]
         previews = [None if y0 is None else self.picture(task, y0) for task, y0 in zip(tasks, shown, strict=True)]
         return previews[0] if single else previews
-
-
-def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed for each picture, drawn where None was given. Raises OptionError."""
-    if seed is None:
-        return [int.from_bytes(os.urandom(4)) for _ in range(count)]
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
-    if len(seeds) != count:
-        raise OptionError(f"{len(seeds)} seeds for {count} pictures: give one, or one for each")
-    for one in seeds:
-        if not 0 <= one < 2**64:
-            raise OptionError(f"seed must be a whole number from 0 to 2**64 - 1, found {one!r}")
-    return [int(one) for one in seeds]
 
 
 def load(
@@ -351,6 +342,9 @@ def _loaded(model: Path, manifest: str, request: Request) -> Upscaler:
     return load(model, backend=request.backend, precision=request.precision, device=request.device)
 
 
+_LOADING = Lock()  # or each of the threads that come first would load the model
+
+
 def upscale(
     image: ImageLike | Sequence[ImageLike],
     *,
@@ -363,4 +357,6 @@ def upscale(
     """`load(model, …).upscale(image, …)` in one call; the two most recently used models stay loaded. Options: `Upscaler.run`."""
     path = (SHIPPED if model is None else Path(model)).absolute()
     request = Request(backend, precision, device)
-    return _loaded(path, Bundle.open(path).sha256, request).upscale(image, **options)
+    with _LOADING:
+        up = _loaded(path, Bundle.open(path).sha256, request)
+    return up.upscale(image, **options)

@@ -124,11 +124,17 @@ def test_a_file_of_another_length_is_refused(bundle: Path, change: Callable[[byt
         sr3rt.load(bundle)
 
 
-@pytest.mark.parametrize("name", ["more.txt", ".hidden", "folder"])
+@pytest.mark.parametrize("name", ["more.txt", "folder"])
 def test_what_is_not_listed_is_refused(bundle: Path, name: str) -> None:
     (bundle / name).mkdir() if name == "folder" else (bundle / name).touch()
     with pytest.raises(BundleCorrupt, match=f"{name}.*does not list"):
         Bundle.open(bundle)
+
+
+def test_what_systems_put_into_folders_is_passed_over(bundle: Path) -> None:
+    (bundle / ".DS_Store").touch()
+    (bundle / "lost+found").mkdir()
+    Bundle.open(bundle).verify()
 
 
 @pytest.mark.usefixtures("no_session")

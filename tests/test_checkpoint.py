@@ -133,6 +133,22 @@ def test_half_precision_and_the_old_file_format(file):
     assert all(parameter.dtype == torch.float32 for parameter in found.net.parameters())
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_betas_of_half_precision_belong_to_their_config(tmp_path, kind):
+    state = torch.load(GOLDEN / "sr3_a" / "I10_E1_gen.pth", weights_only=True)
+    torch.save({key: value.to(kind) for key, value in state.items()}, tmp_path / "half.pth")
+    config = GOLDEN / "sr3_a" / "config.json"
+    found, whole = (read(path, config=config) for path in (tmp_path / "half.pth", GOLDEN / "sr3_a" / "I10_E1_gen.pth"))
+    assert np.array_equal(found.gammas, whole.gammas) and found.trained == whole.trained
+    with pytest.raises(CheckpointError, match=r"has its betas in torch\.b?float16, which do not tell the schedule: give --config"):
+        read(tmp_path / "half.pth", **FLAGS)
+    other = json.loads(config.read_text())
+    other["model"]["beta_schedule"]["train"]["linear_end"] *= 1.1
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(CheckpointError, match=r"the config does not belong to half\.pth: training schedule"):
+        read(tmp_path / "half.pth", config=tmp_path / "other.json")
+
+
 def test_safetensors_and_torch_files_give_the_same_network(file, tmp_path):
     state = tiny_state()
     safetensors.torch.save_file(dict(state), tmp_path / "net.safetensors")

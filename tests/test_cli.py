@@ -89,6 +89,41 @@ def test_a_folder_is_upscaled_and_other_files_are_left_alone(upscale: Command, p
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.jpg.png", "b.png.png"]
 
 
+def test_two_pictures_never_become_one(upscale: Command, photos: Path, tmp_path: Path) -> None:
+    for name in ("b.jpg.bmp", "b.png"):
+        Image.new("RGB", (4, 4)).save(photos / name)
+    status, _, said = upscale("-i", photos, "-o", tmp_path / "out")
+    assert status == 1 and re.search(r"b\.jpg and .*b\.jpg\.bmp would both become .*b\.jpg\.png: rename one", said)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_picture_is_not_replaced_by_its_result(upscale: Command, photos: Path) -> None:
+    before = (photos / "a.png").read_bytes()
+    status, _, said = upscale("-i", photos / "a.png", "-o", photos / "a.png", "--overwrite", "--compare")
+    assert status == 1 and "is the picture itself: give -o another name" in said
+    assert (photos / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "target", "words"),
+    [
+        ("RGBA", (4, 4), "out.jpg", "JPEG cannot hold a picture of mode RGBA"),
+        ("L", (4096, 1), "out.webp", r"WEBP holds sides of up to 16383 pixels, the result has 16384×4: write it as \.png"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_said_before_the_work(
+    upscale: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, size: tuple[int, int], target: str, words: str
+) -> None:
+    monkeypatch.setattr(upscaler.Upscaler, "run", None)
+    Image.new(mode, size).save(tmp_path / "in.png")
+    status, _, said = upscale("-i", tmp_path / "in.png", "-o", tmp_path / target)
+    assert status == 1 and re.search(words, said)
+
+
+def test_neither_a_file_nor_a_folder(upscale: Command, tmp_path: Path) -> None:
+    assert upscale("-i", "/dev/null", "-o", tmp_path)[2] == "sr3rt: /dev/null is neither a picture file nor a folder of pictures\n"
+
+
 def test_a_bad_picture_is_reported_and_the_others_go_on(upscale: Command, photos: Path, tmp_path: Path) -> None:
     (photos / "aa.png").write_bytes((photos / "a.png").read_bytes()[:60])
     (photos / "c.png").write_text("no picture")

@@ -224,13 +224,28 @@ def test_a_transparent_palette_or_colour_becomes_alpha() -> None:
     palette.putpalette([255, 0, 0, 0, 255, 0])
     for transparency in (0, b"\x00\xff"):
         result = np.asarray(bicubic(encoded(palette, "PNG", transparency=transparency), scale=1))
-        assert result.tolist() == [[[255, 0, 0, 0], [0, 255, 0, 255]], [[0, 255, 0, 255], [255, 0, 0, 0]]]
+        assert result.tolist() == [[[0, 255, 0, 0], [0, 255, 0, 255]], [[0, 255, 0, 255], [0, 255, 0, 0]]]
     grey = Image.fromarray(np.array([[7, 8]], np.uint8))
-    assert np.asarray(bicubic(encoded(grey, "PNG", transparency=7), scale=1)).tolist() == [[[7, 0], [8, 255]]]
+    assert np.asarray(bicubic(encoded(grey, "PNG", transparency=7), scale=1)).tolist() == [[[8, 0], [8, 255]]]
     one_bit = grey.point(lambda value: 255 * (value > 7)).convert("1")
-    assert np.asarray(bicubic(encoded(one_bit, "PNG", transparency=0), scale=1)).tolist() == [[[0, 0], [255, 255]]]
+    assert np.asarray(bicubic(encoded(one_bit, "PNG", transparency=0), scale=1)).tolist() == [[[255, 0], [255, 255]]]
     rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
     assert np.asarray(bicubic(encoded(rgb, "PNG", transparency=(1, 2, 3)), scale=1))[..., 3].tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_colours_that_transparency_hides_do_not_show_at_edges(kind: type) -> None:
+    most = 1 if kind is np.float32 else np.iinfo(kind).max
+    cut_out = np.zeros((23, 38, 4), kind)
+    cut_out[5:16, 9:20] = (most, 0.5 * most, 0, most)  # on black, which nobody sees
+    cut_out[12:, 30:] = (0, most, most, most)
+    result = bicubic(cut_out, scale=4).astype(np.float64) / most
+    seen = result[..., 3] > 0.01
+    left = seen & (np.arange(152) < 100)
+    assert np.abs(result[left, :3] - (1, 0.5, 0)).max() < 0.02
+    assert np.abs(result[seen & ~left, :3] - (0, 1, 1)).max() < 0.02
+    blank = np.zeros((3, 5, 4), kind)
+    assert not bicubic(blank, scale=2).any()  # nothing is seen
 
 
 def test_16_bit_grey_files_keep_16_bits() -> None:

@@ -383,6 +383,26 @@ def status_of_child(work: Callable[[], bool], seconds: float = 20) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_during_a_call_can_make_its_own(shipped: Bundle, pictures: tuple[Floats, Floats, Floats]) -> None:
+    network = backends.load(shipped, Request("native", threads=2))
+    expected = run(network, *pictures)
+    ending = threading.Event()
+
+    def keep_busy() -> None:
+        while not ending.is_set():
+            run(network, *pictures)
+
+    busy = threading.Thread(target=keep_busy)
+    busy.start()
+    try:
+        for _ in range(5):
+            assert status_of_child(lambda: bool((run(network, *pictures) == expected).all())) == 0
+    finally:
+        ending.set()
+        busy.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_runs_its_parents_network_and_its_own(shipped: Bundle, pictures: tuple[Floats, Floats, Floats]) -> None:
     """The parent's threads do not exist there."""
     network = backends.load(shipped, Request("native", threads=3))

@@ -11,7 +11,8 @@ import torch
 
 from sr3rt.errors import CheckpointError
 from sr3rt.export.checkpoint import read
-from sr3rt.export.norm_groups import NormGroupsWarning, Probe
+from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet
+from sr3rt.export.norm_groups import NormGroupsWarning, Probe, allowed
 
 DATA = Path(__file__).parent / "data"
 TRAINED = DATA / "trained_8_groups.pth"
@@ -44,6 +45,11 @@ def test_the_probe_separates_by_more_than_its_margin():
     assert set(errors) == {1, 2, 4, 8, 16}
     assert errors.pop(8) < 0.02
     assert min(errors.values()) > 0.03
+
+
+def test_a_number_that_is_no_power_of_two_is_taken_where_it_divides():
+    net = JanspiryUNet(JanspiryConfig(inner=24, multipliers=(1, 2), blocks=1, attention=(), norm_groups=12))
+    assert allowed(net) == [1, 2, 4, 8] and allowed(net, 12) == [1, 2, 4, 8, 12] and allowed(net, 5) == allowed(net, 0) == allowed(net)
 
 
 def test_groups_are_asked_for_and_the_weights_advice_given():

@@ -130,9 +130,9 @@ def test_auto_takes_windows_where_memory_does_not_suffice(photo: Image.Image, mo
     for available in needed.values():
         monkeypatch.setattr(memory, "available", lambda available=available: available)
         tile = sr3rt.load().run(photo, seed=1, steps=1)[0].tile
-        assert tile == next(side for side in sides if needed[side] <= available)
+        assert tile == (next(side for side in sides if needed[side] <= available) or "off")
         found.add(tile)
-    assert len(found) > 2 and None in found
+    assert len(found) > 2 and "off" in found
     monkeypatch.setattr(memory, "available", lambda: needed[None] - 1)
     with pytest.raises(ImageTooLarge, match=r"a 448×288 result needs about 0\.\d GiB .*: use tile=auto, crop the picture"):
         sr3rt.load().upscale(photo, tile="off")
@@ -141,9 +141,9 @@ def test_auto_takes_windows_where_memory_does_not_suffice(photo: Image.Image, mo
         sr3rt.load().upscale(photo)
 
 
-@pytest.mark.parametrize("tile", [0, -8, 100, 1.5, "large", None])
+@pytest.mark.parametrize("tile", [0, -8, 8, 100, 1.5, "large", None])
 def test_other_tiles_are_refused(shipped: sr3rt.Upscaler, photo: Image.Image, tile: Any) -> None:
-    with pytest.raises(OptionError, match=r"tile must be auto, off or a multiple of 8, found"):
+    with pytest.raises(OptionError, match=r"tile must be auto, off or a multiple of 8 from 16 on, found"):
         shipped.upscale(photo, tile=tile)
 
 

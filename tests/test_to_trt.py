@@ -267,11 +267,16 @@ def test_a_graph_that_takes_weights_from_elsewhere_is_refused(precision: Any, bu
         ({"batch": "1,many"}, "--batch is '1,many'"),
         ({"size": "32x32x32"}, "--size is '32x32x32', expected sides in pixels"),
         ({"size": "33"}, "--size has 33×33, expected multiples of 4"),
+        ({"opt_level": 9}, "--opt-level must be from 0 to 5, found 9"),
+        (
+            {"output": Path("other"), "scale": 2},
+            "is a bundle, which engines are built into: --output, --scale can only be told for a checkpoint",
+        ),
     ],
 )
-def test_shapes_that_cannot_be_are_refused(options: dict[str, str], words: str, bundle: Path) -> None:
+def test_shapes_that_cannot_be_are_refused(options: dict[str, Any], words: str, bundle: Path) -> None:
     with pytest.raises(OptionError, match=words):
-        to_trt(bundle, **options)  # type: ignore[arg-type]
+        to_trt(bundle, **options)
 
 
 def test_the_script_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,69 @@ def test_unknown_backends_precisions_and_devices_are_refused(tmp_path: Path) -> 
         sr3rt.load(precision="fp16")
     with pytest.raises(sr3rt.BackendError, match="device 'cuda' was asked for"):
         sr3rt.load(device="cuda")
+
+
+# --- what callers give
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 2.5}, "steps must be a whole number, found 2.5"),
+        ({"steps": "4"}, "steps must be a whole number, found '4'"),
+        ({"seed": "7"}, "seed must be a whole number, found '7'"),
+        ({"seed": 1.5}, "seed must be a whole number, found 1.5"),
+        ({"seed": [None]}, "seed must be a whole number, found None"),
+        ({"sampler": 5}, "unknown sampler"),
+        ({"schedule": ["a"]}, "schedule must be None, 'n_timestep' or gammas"),
+        ({"schedule": 3}, "schedule must be None, 'n_timestep' or gammas"),
+        ({"consistency": False}, "unknown consistency False"),
+    ],
+)
+def test_what_is_no_option_is_said(photo: Image.Image, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(sr3rt.OptionError, match=words):
+        upscaler().upscale(photo, **options)
+
+
+@pytest.mark.parametrize("values", [(0.9, 0.5, 0.05), np.array([0.9, 0.5, 0.05]), iter([0.9, 0.5, 0.05])])
+def test_numbers_of_numpy_and_any_list_are_taken(photo: Image.Image, values: Any) -> None:
+    expected = upscaler().upscale([photo], schedule=[0.9, 0.5, 0.05], seed=[3], tile="off")
+    assert upscaler().upscale([photo], schedule=values, seed=np.array([3])) == expected
+    with pytest.raises(sr3rt.Cancelled):
+        upscaler().upscale(photo, steps=np.int64(3), on_step=lambda step, steps, preview: np.False_)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 3}, {"schedule": "n_timestep", "steps": 200}, {"schedule": [0.9, 0.3]}])
+def test_a_result_tells_how_to_make_it_again(photo: Image.Image, options: dict[str, Any]) -> None:
+    up = sr3rt.load()
+    if options.get("schedule") == "n_timestep":
+        up = upscaler()
+    (first,) = up.run(photo.resize((8, 8)), **options)
+    names = ("seed", "steps", "sampler", "schedule", "consistency", "tile")
+    (again,) = up.run(photo.resize((8, 8)), **{name: getattr(first, name) for name in names})
+    assert again.image == first.image
+    assert ("sr3rt:schedule" in first.provenance) == ("schedule" in options)
+
+
+def test_errors_travel_between_processes() -> None:
+    for error in (sr3rt.MissingExtra("this", "that", "extra"), sr3rt.OptionError("no")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+def test_the_first_calls_of_many_threads_load_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sr3rt import upscaler as module
+
+    loads = []
+    monkeypatch.setattr(module, "load", lambda *of, **options: loads.append(of) or upscaler())
+    module._loaded.cache_clear()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda i: sr3rt.upscale(np.zeros((8, 8, 3), np.uint8), seed=i, steps=1), range(6)))
+    module._loaded.cache_clear()
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x"])
+def test_a_device_that_is_none(device: str) -> None:
+    with pytest.raises(sr3rt.OptionError, match=f"unknown device '{device}': expected auto, cpu, cuda, or cuda:1"):
+        sr3rt.load(device=device)

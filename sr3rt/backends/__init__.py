@@ -6,7 +6,9 @@ A backend gives a `Network`; the loop (`sr3rt.engine`) knows nothing else of it.
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from sr3rt import cgroup
 from sr3rt.bundle import Bundle
 from sr3rt.errors import BackendError, EngineRefused, OptionError
 
@@ -65,9 +68,10 @@ class Request:
 
     @property
     def thread_count(self) -> int:
-        """Threads to use: as asked, or one for each core that this process may run on."""
+        """Threads to use: as asked, or one for each core that this process may keep busy."""
         affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-        return self.threads or (len(affinity(0)) if affinity else os.cpu_count() or 1)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return self.threads or min(cores, math.ceil(cgroup.processors() or cores))
 
 
 MODULES = {
@@ -95,8 +99,10 @@ def load(bundle: Bundle, request: Request) -> Network:
     """
     if request.backend not in ("auto", *MODULES):
         raise OptionError(f"unknown backend {request.backend!r}: expected auto, {', '.join(MODULES)}")
-    if request.threads < 0:
-        raise OptionError(f"threads must be 0 (all) or more, found {request.threads}")
+    if type(request.threads) is not int or request.threads < 0:
+        raise OptionError(f"threads must be a whole number, 0 (all) or more, found {request.threads!r}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(request.device)):
+        raise OptionError(f"unknown device {request.device!r}: expected auto, cpu, cuda, or cuda:1 for the second GPU")
     if request.backend != "auto":
         return _loaded(request.backend, bundle, request)
     reasons = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from sr3rt import _native
 from sr3rt.backends import Floats, Request
@@ -37,6 +39,18 @@ def load(bundle: Bundle, request: Request) -> NativeNetwork:
         return NativeNetwork(compiled(program, tensors, bundle.manifest.channels, request.thread_count))
 
 
+_NETWORKS = WeakSet["NativeNetwork"]()
+
+
+def _forked() -> None:
+    for network in _NETWORKS:
+        network.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class NativeNetwork:
     """A `Network` over native/network.hpp. Calls from several threads take turns, each with all of the network's threads."""
 
@@ -44,6 +58,11 @@ class NativeNetwork:
 
     def __init__(self, network: _native.Network) -> None:
         self._network = network
+        _NETWORKS.add(self)
+
+    def forked(self) -> None:
+        """In a new process, whose parent may have been in the middle of a call."""
+        self._network.forked()
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
         """As `Network.bind`. A call raises BackendError when memory runs out."""

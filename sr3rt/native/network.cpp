@@ -257,6 +257,8 @@ std::vector<std::vector<float>> Network::levels(const Planar& planar) {
     return levels;
 }
 
+void Network::forked() { new (&mutex_) std::mutex; }
+
 void Network::run(const Planar& planar) {
     const std::lock_guard guard(mutex_);
     const Plan plan = this->plan(planar.count, planar.height, planar.width);

@@ -46,6 +46,9 @@ class Network {
     void from_bands(int bands, int from, float detail, float coarse);
 
     // Safe to call from several threads: one runs at a time, with all of the network's threads.
+    // To be called first in a process that was forked: the thread that was in `run` meanwhile is not there to leave it.
+    void forked();
+
     void run(const Planar&);
 
     std::size_t channels() const { return channels_; }

@@ -118,6 +118,7 @@ void bind_network(nb::module_& module) {
         .def("result", &sr3::Network::result, "source"_a)
         .def("from_bands", &sr3::Network::from_bands, "bands"_a, "source"_a, "detail"_a, "coarse"_a)
         .def("run", &run, "x"_a.noconvert(), "y"_a.noconvert(), "level"_a.noconvert(), "out"_a.noconvert())
+        .def("forked", &sr3::Network::forked)
         .def("memory", &sr3::Network::memory_of, "count"_a, "height"_a, "width"_a)
         .def_prop_ro("instructions", [](const sr3::Network& self) { return self.kernels().name; });
 }

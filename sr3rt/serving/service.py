@@ -20,13 +20,14 @@ from PIL import Image
 from sr3rt.backends import Floats
 from sr3rt.decoding import open_header
 from sr3rt.errors import Cancelled, ImageError, Stopped
+from sr3rt.options import seeds
 from sr3rt.saving import check, encode
 from sr3rt.serving.admission import Admission, Place
 from sr3rt.serving.batcher import Batcher, Joins
 from sr3rt.serving.counts import Counts
 from sr3rt.serving.query import Query
 from sr3rt.serving.ticket import Ticket
-from sr3rt.upscaler import Plan, Task, Upscaler, seeds
+from sr3rt.upscaler import Plan, Task, Upscaler
 
 STALLED = 120.0  # seconds without a step, while there is work, after which a service no longer calls itself well
 
