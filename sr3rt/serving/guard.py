@@ -13,6 +13,7 @@ import logging
 import re
 import resource
 import threading
+import zlib
 from dataclasses import dataclass
 
 from sr3rt.bundle import Bundle
@@ -37,6 +38,7 @@ OFFERED = {
 
 HEAD = "Inference-Header-Content-Length"  # Triton's: bytes of JSON before the tensors' own
 OVERHEAD = 2**16  # bytes of a body beside the picture
+IDLE = 1.0  # seconds that a connection to Triton is kept: Triton, told to stop, waits for those too
 SPARE = 100  # files that the process that watches Triton keeps for itself
 
 # Between two ends of one connection, or said anew of the body that is passed on.
@@ -91,7 +93,7 @@ class Guard:
         self._bounds = bounds
         self._socket = listening(host, port, "http")
         self._closing = asyncio.Event()
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._run, name="sr3rt-guard", daemon=True)
         self._thread.start()
@@ -116,13 +118,15 @@ class Guard:
     async def _serve(self) -> None:
         application = web.Application()
         application.router.add_route("*", "/{path:.*}", self._answer)
-        runner = web.AppRunner(application, access_log=None, logger=_quiet, handler_cancellation=True, shutdown_timeout=5)
+        runner = web.AppRunner(
+            application, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True, shutdown_timeout=5
+        )
         await runner.setup()
 
         def connected() -> asyncio.BaseProtocol:
             return _Full() if len(runner.server.connections) >= self._bounds.connections else runner.server()
 
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=_NOT_ADDED
@@ -136,9 +140,7 @@ class Guard:
         path = request.raw_path.partition("?")[0]
         offered = OFFERED.get(request.method)
         if offered is None or not offered.fullmatch(path):
-            return _refusal(
-                404, f"{request.method} {path[:100]} is not offered: expected POST /v2/models/sr3/infer, or see docs/serving.md"
-            )
+            return _refusal(404, f"{request.method} {path[:100]} is not offered: docs/serving.md says what is")
         try:
             body = await self._body(request)
             head = _checked(path, body, request.headers.get(HEAD)) if request.method == "POST" else None
@@ -147,6 +149,9 @@ class Guard:
             return _refusal(413, str(error))
         except OptionError as error:
             return _refusal(400, str(error))
+        except Exception:  # a mistake of ours
+            log.exception("the guard failed")
+            raise
 
     async def _body(self, request: web.Request) -> bytes:
         """All of it, unpacked. Raises ImageTooLarge as soon as that is known, OptionError."""
@@ -158,10 +163,10 @@ class Guard:
             async for part in request.content.iter_any():
                 body += part
                 if len(body) > limit:
-                    raise ImageTooLarge(f"the body, unpacked, has more bytes than the limit of {limit}")
+                    raise ImageTooLarge(f"the body has more bytes than the limit of {limit}")
         except web.RequestPayloadError as error:
             raise OptionError(f"the body is not what its headers say: {error}") from None
-        return bytes(body)
+        return _unpacked(bytes(body), request.headers.get("Content-Encoding", "identity"), limit)
 
     async def _passed_on(self, request: web.Request, path: str, body: bytes, head: int | None) -> web.StreamResponse:
         headers = request.headers.copy()
@@ -201,6 +206,24 @@ class _Full(asyncio.Protocol):
         fields = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\nConnection: close"
         transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{fields}\r\n\r\n{text}".encode())
         transport.close()
+
+
+def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    """Not by aiohttp, which would go on unpacking a bomb after it was refused."""
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise OptionError(f"Content-Encoding must be gzip or deflate, found {encoding[:30]!r}")
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either, by its header
+    try:
+        unpacked = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise OptionError(f"the body is no {encoding}: {error}") from None
+    if len(unpacked) > limit:
+        raise ImageTooLarge(f"the body, unpacked, has more bytes than the limit of {limit}")
+    if not unpacker.eof:
+        raise OptionError(f"the body ends before its {encoding} does")
+    return unpacked
 
 
 def _checked(path: str, body: bytes, head: str | None) -> int | None:

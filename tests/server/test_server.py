@@ -123,6 +123,7 @@ def test_serve_starts_a_server_restarts_it_when_it_dies_and_stops_it(tmp_path: P
         (server,) = Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text().split()
         os.kill(stub(int(server), "sr3_stream"), signal.SIGKILL)
         assert said("the server no longer answers and is started again")
+        assert status(f"http://127.0.0.1:{address.http}/v2/models/sr3/infer", b'{"inputs": []}')[0] == 503
         assert said("the server is back")
     finally:
         serving.send_signal(signal.SIGTERM)
