@@ -122,9 +122,11 @@ class Guard:
             application, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True, shutdown_timeout=5
         )
         await runner.setup()
+        server = runner.server
+        assert server is not None
 
         def connected() -> asyncio.BaseProtocol:
-            return _Full() if len(runner.server.connections) >= self._bounds.connections else runner.server()
+            return _Full() if len(server.connections) >= self._bounds.connections else server()
 
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE)
         timeout = aiohttp.ClientTimeout(total=None)

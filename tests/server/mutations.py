@@ -97,15 +97,18 @@ def _values(pick: random.Random) -> Body:
 
 
 def _tensors(pick: random.Random) -> Body:
-    """Wrong shapes, also such as claim more memory than there is; wrong types and names."""
-    lengths = [0, 1, 2, 3, 4, 7, -1, 2**20, 2**33, 2**62, 2**63 - 1, 2**64, 2**70, 1.5, "3", None]
-    tensor = {
+    """Wrong shapes, types and names; of half, only the shape, and that claims more memory than there is, or all of it and none."""
+    lengths = [0, 1, 2, 3, 4, 7, -1, 2**20, 2**63 - 1, 2**64, 2**70, 1.5, "3", None]
+    tensor: dict[str, Any] = {
         "name": pick.choice(["pixels", "image", "other", ""]),
         "shape": [pick.choice(lengths) for _ in range(pick.randint(0, 4))],
         "datatype": pick.choice(["UINT8", "BYTES", "FP32", "INT64", "BOOL", "NONE"]),
         "data": pick.choice([[], [1] * 12, [[[1, 2, 3]]], ["text"], [300], [-1], [None], "text", {}]),
     }
-    if pick.random() < 0.3:
+    if pick.random() < 0.5:
+        claimed = [pick.choice([0, 1, 3]), pick.choice([2**33, 2**40, 2**62]), pick.choice([1, 3, 2**33])]
+        tensor = {"name": "pixels", "shape": claimed, "datatype": "UINT8", "data": pick.choice([[], [1]])}
+    elif pick.random() < 0.3:
         del tensor[pick.choice(list(tensor))]
     body = {"inputs": [tensor] * pick.choice([0, 1, 1, 1, 2]), "parameters": {"steps": 1}}
     return pick.choice(INFER), json.dumps(body).encode(), JSON
@@ -116,7 +119,9 @@ def _outputs(pick: random.Random) -> Body:
     names = ["classification", "binary_data", "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "other"]
     output = {
         "name": pick.choice(["pixels", "image", "info", "other", "", None]),
-        "parameters": pick.choice([{name: pick.choice(VALUES) for name in pick.sample(names, pick.randint(0, 2))}, None, [], 3]),
+        "parameters": pick.choice(
+            [{"classification": 1}, {name: pick.choice(VALUES) for name in pick.sample(names, pick.randint(0, 2))}, None, [], 3]
+        ),
     }
     pixel = {"name": "pixels", "shape": [1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}
     body = {"inputs": [pixel], "parameters": {"steps": 1}, "outputs": [output] * pick.choice([1, 1, 2, 1000])}
