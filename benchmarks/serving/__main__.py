@@ -4,6 +4,7 @@ mixed       200 concurrent requests of mixed sizes, steps and samplers against `
 overload    arrivals at ten times of what it can do, for two minutes; and whether a planted leak is seen
 batching    step-level batching against whole requests and one at a time, the same arrivals
 overhead    one client against `upscale` in the same process
+guard       what the guard adds to a small request
 cancels     a thousand cancelled requests beside others
 all         all of these, about half an hour on two cores; nothing else should run
 table       write docs/serving.md's table from the JSON
@@ -32,6 +33,7 @@ EXPERIMENTS: dict[str, Callable[[], Any]] = {
     "overload": overload,
     "batching": experiments.batching,
     "overhead": experiments.overhead,
+    "guard": experiments.guard,
     "cancels": experiments.cancels,
     "sweep": experiments.sweep,
 }

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -16,9 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +25,10 @@ import tritonclient.grpc
 import sr3rt
 from benchmarks.serving import load
 from benchmarks.serving.load import Answer, Ask
+from benchmarks.serving.running import Running, serving
 from sr3rt.serving.configuration import Configuration
-from sr3rt.serving.server import Address, Server, write_repository
 
 SAMPLERS = ("sr3", "posterior", "ddim", "dpm++2m")
-
-LEAK = """
-from sr3rt.serving.triton import Core
-
-class TritonPythonModel(Core):
-    kept = []
-
-    def _submit(self, *request, **options):
-        self.kept.append(bytearray(b"x" * {size}))
-        return super()._submit(*request, **options)
-"""
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server that is up."""
-
-    url: str
-    address: Address
-    pid: int
-
-
-@contextmanager
-def serving(configuration: Configuration, *, leak: int = 0) -> Iterator[Running]:
-    """A server of the model that ships. leak: bytes that it keeps of every request that its core gets, on purpose."""
-    with tempfile.TemporaryDirectory() as folder:
-        repository = write_repository(Path(folder) / "models", configuration)
-        if leak:
-            (repository / "sr3_stream" / "1" / "model.py").write_text(LEAK.format(size=leak), encoding="utf-8")
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-        http, grpc, metrics = (one.getsockname()[1] for one in sockets)
-        for one in sockets:
-            one.close()
-        address = Address(http=http, grpc=grpc, metrics=metrics)
-        with Server(repository, address) as server:
-            server.ready(within=120)
-            yield Running(f"http://127.0.0.1:{http}", address, server.pid)
 
 
 def mixed(*, requests: int = 200) -> dict[str, Any]:
@@ -123,7 +83,7 @@ def overload(*, seconds: float = 120, times: float = 10, side: int = 32, leak: i
 
         def watch() -> None:
             while not stop.wait(2):
-                memory.append((time.perf_counter() - start, load.held(server.pid)))
+                memory.append((time.perf_counter() - start, load.held(*server.pids)))
 
         async def drive() -> tuple[list[Answer], float]:
             arriving = asyncio.create_task(load.poisson(server.url, make, rate=times * saturated[0], seconds=seconds))
@@ -232,6 +192,32 @@ def overhead(*, pairs: int = 20, side: int = 64) -> dict[str, Any]:
         asyncio.run(turns(server.url))
     ratio = percentile(server_s, 50) / percentile(local_s, 50)
     return {"pairs": pairs, "server_p50_s": percentile(server_s, 50), "in_process_p50_s": percentile(local_s, 50), "ratio": ratio}
+
+
+def guard(*, pairs: int = 500, side: int = 16) -> dict[str, Any]:
+    """What the guard adds to a small request, one step: by it and past it, in turns, after twenty of each."""
+    ask = Ask(load.pixels(side, side, 0), {"seed": 1, "steps": 1})
+    by, past = list[float](), list[float]()
+
+    async def turns(server: Running) -> None:
+        async with load.Client(server.url) as guarded, load.Client(server.own_url) as own:
+            for turn in range(pairs + 20):
+                for client, seconds in ((guarded, by), (own, past)) if turn % 2 else ((own, past), (guarded, by)):
+                    answer = await client.ask(ask)
+                    assert answer.status == 200, answer.text
+                    if turn >= 20:
+                        seconds.append(answer.seconds)
+
+    with serving(Configuration()) as server:
+        asyncio.run(turns(server))
+    differences = [one - other for one, other in zip(by, past, strict=True)]
+    return {
+        "pairs": pairs,
+        "side": side,
+        "by_p50_ms": 1e3 * percentile(by, 50),
+        "past_p50_ms": 1e3 * percentile(past, 50),
+        "added_p50_ms": 1e3 * percentile(differences, 50),
+    }
 
 
 def cancels(*, number: int = 1000) -> dict[str, Any]:
@@ -349,7 +335,7 @@ def _settled(server: Running) -> dict[str, float]:
         found = {name: _sum(lines, name) for name in ("sr3rt_queued", "sr3rt_running")}
         found["cancelled"] = _sum(lines, 'sr3rt_requests_total{model="sr3_stream",outcome="cancelled"')
         if not found["sr3rt_queued"] + found["sr3rt_running"] or time.monotonic() > end:
-            return {**found, "held": float(load.held(server.pid))}
+            return {**found, "held": float(load.held(*server.pids))}
 
 
 def _sum(lines: list[str], name: str) -> float:

@@ -128,10 +128,10 @@ def pixels(height: int, width: int, seed: int) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def held(server_pid: int) -> int:
-    """Bytes of memory that the server and its models hold, shared pages once."""
+def held(*pids: int) -> int:
+    """Bytes of memory that these processes and their children hold, shared pages once."""
     total = 0
-    for pid in [server_pid, *_children(server_pid)]:
+    for pid in [*pids, *(child for parent in pids for child in _children(parent))]:
         try:
             with open(f"/proc/{pid}/smaps_rollup") as file:
                 total += sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))

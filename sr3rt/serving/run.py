@@ -13,6 +13,7 @@ from types import FrameType
 
 from sr3rt.errors import BackendError
 from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.guard import Bounds, Guard
 from sr3rt.serving.server import Address, Server, write_repository
 
 START = 120.0  # seconds for a bundle to load
@@ -32,20 +33,22 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         repository = write_repository(folder / "models", configuration)
-        deaths: list[float] = []
-        while not stopping.is_set():
-            with Server(repository, address, arguments=["--log-info=false"]) as server:
-                server.ready(within=START)
-                say(_served(address) if not deaths else "the server is back")
-                why = _watch(server, stopping)
-                if why is None:
-                    break
-                log = server.log(4000)
-                server.stop(patience=1.0)  # it would wait for requests that nobody works on
-                deaths = [death for death in deaths if time.monotonic() - death < WITHIN] + [time.monotonic()]
-                if len(deaths) > RESTARTS:
-                    raise BackendError(f"the server died {len(deaths)} times in {WITHIN:.0f} s, at last: {why}\n{log}")
-                say(f"the server no longer answers and is started again: {why}")
+        with Guard(address.host, address.http, Bounds.of(configuration)) as guard:
+            deaths: list[float] = []
+            while not stopping.is_set():
+                with Server(repository, address, arguments=["--log-info=false"]) as server:
+                    guard.triton = server.http
+                    server.ready(within=START)
+                    say(_served(address) if not deaths else "the server is back")
+                    why = _watch(server, stopping)
+                    if why is None:
+                        break
+                    log = server.log(4000)
+                    server.stop(patience=1.0)  # it would wait for requests that nobody works on
+                    deaths = [death for death in deaths if time.monotonic() - death < WITHIN] + [time.monotonic()]
+                    if len(deaths) > RESTARTS:
+                        raise BackendError(f"the server died {len(deaths)} times in {WITHIN:.0f} s, at last: {why}\n{log}")
+                    say(f"the server no longer answers and is started again: {why}")
         return 0
     finally:
         for number, handler in before.items():

@@ -32,34 +32,28 @@ REPOSITORY = Path(__file__).parent / "triton_repo"
 PROBE = json.dumps({"inputs": [], "parameters": {"probe": True}})
 """Body of a request to model sr3 that answers 200 while steps can be done; see docs/serving.md."""
 
+LOOPBACK = "127.0.0.1"
+
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 # where Linux keeps it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where the server listens."""
+    """Where clients reach the server: by HTTP the guard (guard.py), by the rest Triton itself."""
 
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
 
-    @property
-    def arguments(self) -> list[str]:
-        """For tritonserver."""
-        kinds = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
-        return [argument for kind, port in kinds.items() for argument in (f"--{kind}-address={self.host}", f"--{kind}-port={port}")]
 
-    def check_free(self) -> None:
-        """Raises OptionError where another process listens: its answers would be taken for ours."""
-        for kind, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
-            family, _, _, _, where = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, socket.SOCK_STREAM) as attempt:
-                attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    attempt.bind(where)
-                except OSError as error:
-                    raise OptionError(f"{self.host}:{port} cannot be listened on ({error.strerror}): choose another {kind} port") from None
+def listening(host: str, port: int, kind: str) -> socket.socket:
+    """A socket that listens. Raises OptionError where another process does: its answers would be taken for ours."""
+    family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        return socket.create_server(where, family=family, backlog=1024)
+    except OSError as error:
+        raise OptionError(f"{host}:{port} cannot be listened on ({os.strerror(error.errno or 0)}): choose another {kind} port") from None
 
 
 def write_repository(target: Path, configuration: Configuration) -> Path:
@@ -86,20 +80,26 @@ def write_repository(target: Path, configuration: Configuration) -> Path:
 class Server:
     """A tritonserver on a repository. Use it in a `with` statement; it is stopped at the end.
 
+    http: the port of Triton's own HTTP, which only this machine reaches: the guard's clients come by `address`.
+
     The server on PATH is taken where there is one, else the one of the `serve` extra, which has Triton's python backend and no other.
     Raises MissingExtra, BackendError, OptionError.
     """
 
     def __init__(self, repository: Path, address: Address, *, arguments: Sequence[str] = ()) -> None:
-        address.check_free()
         self.address = address
+        self.http = _free_port()
+        where = [("http", LOOPBACK, self.http), ("grpc", address.host, address.grpc), ("metrics", address.host, address.metrics)]
+        for kind, host, port in where:
+            listening(host, port, kind).close()
+        listen = [argument for kind, host, port in where for argument in (f"--{kind}-address={host}", f"--{kind}-port={port}")]
         self._folder = Path(tempfile.mkdtemp(prefix="sr3rt-serve-"))
         try:
             command, environment = _installed(self._folder)
             shared = [f"--backend-config=python,shm-region-prefix-name={self._folder.name}"]
             self._log = (self._folder / "log").open("wb")
             self._process = subprocess.Popen(
-                [*command, f"--model-repository={repository}", *address.arguments, *shared, *arguments],
+                [*command, f"--model-repository={repository}", *listen, *shared, *arguments],
                 env=environment,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -133,7 +133,7 @@ class Server:
         status = self._process.poll()
         if status is not None:
             return f"the server ended with status {status}"
-        return probe(self.address, timeout=timeout)
+        return probe(self.http, timeout=timeout)
 
     def log(self, characters: int) -> str:
         """The end of the server's warnings and errors, and of what the models printed."""
@@ -159,9 +159,9 @@ class Server:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def probe(address: Address, *, timeout: float) -> str | None:
-    """Why no step is done there, None when one is."""
-    connection = http.client.HTTPConnection(address.host, address.http, timeout=timeout)
+def probe(port: int, *, timeout: float) -> str | None:
+    """Why the Triton there does no step, None when it does one."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=timeout)
     try:
         connection.request("POST", "/v2/models/sr3/infer", PROBE, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -171,6 +171,11 @@ def probe(address: Address, *, timeout: float) -> str | None:
     finally:
         connection.close()
     return None if response.status == 200 else f"HTTP {response.status}: {text}"
+
+
+def _free_port() -> int:
+    with socket.create_server((LOOPBACK, 0)) as one:
+        return int(one.getsockname()[1])
 
 
 def _installed(folder: Path) -> tuple[list[str], dict[str, str]]:

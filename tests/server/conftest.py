@@ -13,6 +13,7 @@ import tritonclient.http
 from asking import free_address
 
 from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.guard import Bounds, Guard
 from sr3rt.serving.server import Server, write_repository
 
 
@@ -24,7 +25,13 @@ class Triton:
 
     @property
     def url(self) -> str:
+        """The guard's, which users have."""
         return f"http://{self.server.address.host}:{self.server.address.http}"
+
+    @property
+    def own_url(self) -> str:
+        """Triton's own HTTP."""
+        return f"http://127.0.0.1:{self.server.http}"
 
     @property
     def metrics_url(self) -> str:
@@ -42,7 +49,10 @@ class Triton:
 def running(folder: Path, *, patience: float) -> Iterator[Triton]:
     configuration = Configuration(slots=3, max_requests=24, max_pixels=2**20, max_file_bytes=2**20)
     repository = write_repository(folder / "models", configuration)
-    with Server(repository, free_address(), arguments=["--model-control-mode=explicit", "--load-model=*"]) as server:
+    address = free_address()
+    arguments = ["--model-control-mode=explicit", "--load-model=*"]
+    with Guard(address.host, address.http, Bounds.of(configuration)) as guard, Server(repository, address, arguments=arguments) as server:
+        guard.triton = server.http
         server.ready(within=60)
         yield Triton(server)
         server.stop(patience=patience)

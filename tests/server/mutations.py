@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import random
@@ -20,6 +21,7 @@ JSON = {"Content-Type": "application/json"}
 VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**31, 2**63, -(2**70), 1e309, 0.5, "", "x" * 3000, "\u0000", "ddim(nan)", [], {}, [[1]], "NaN", "１２",
 )  # fmt: skip
+BOMB = zlib.compress(bytes(100 * 2**20))
 
 
 def mutated(pick: random.Random, i: int) -> Body:
@@ -95,18 +97,66 @@ def _values(pick: random.Random) -> Body:
 
 
 def _tensors(pick: random.Random) -> Body:
-    """Wrong shapes, types and names. (None claims more memory than there is: Triton 2.51 itself aborts on that, docs/serving.md.)"""
-    shape = [pick.choice([0, 1, 2, 3, 4, 7, -1, 2**20]) for _ in range(pick.randint(0, 4))]
-    tensor = {
+    """Wrong shapes, types and names; of half, only the shape, and that claims more memory than there is, or all of it and none."""
+    lengths = [0, 1, 2, 3, 4, 7, -1, 2**20, 2**63 - 1, 2**64, 2**70, 1.5, "3", None]
+    tensor: dict[str, Any] = {
         "name": pick.choice(["pixels", "image", "other", ""]),
-        "shape": shape,
+        "shape": [pick.choice(lengths) for _ in range(pick.randint(0, 4))],
         "datatype": pick.choice(["UINT8", "BYTES", "FP32", "INT64", "BOOL", "NONE"]),
         "data": pick.choice([[], [1] * 12, [[[1, 2, 3]]], ["text"], [300], [-1], [None], "text", {}]),
     }
-    if pick.random() < 0.3:
+    if pick.random() < 0.5:
+        claimed = [pick.choice([0, 1, 3]), pick.choice([2**33, 2**40, 2**62]), pick.choice([1, 3, 2**33])]
+        tensor = {"name": "pixels", "shape": claimed, "datatype": "UINT8", "data": pick.choice([[], [1]])}
+    elif pick.random() < 0.3:
         del tensor[pick.choice(list(tensor))]
     body = {"inputs": [tensor] * pick.choice([0, 1, 1, 1, 2]), "parameters": {"steps": 1}}
     return pick.choice(INFER), json.dumps(body).encode(), JSON
+
+
+def _outputs(pick: random.Random) -> Body:
+    """Outputs asked for in ways that nobody means."""
+    names = ["classification", "binary_data", "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "other"]
+    output = {
+        "name": pick.choice(["pixels", "image", "info", "other", "", None]),
+        "parameters": pick.choice(
+            [{"classification": 1}, {name: pick.choice(VALUES) for name in pick.sample(names, pick.randint(0, 2))}, None, [], 3]
+        ),
+    }
+    pixel = {"name": "pixels", "shape": [1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}
+    body = {"inputs": [pixel], "parameters": {"steps": 1}, "outputs": [output] * pick.choice([1, 1, 2, 1000])}
+    return pick.choice(INFER[:1]), json.dumps(body).encode(), JSON
+
+
+def _nested(pick: random.Random) -> Body:
+    """Arrays or objects in each other, closed or not, at any place."""
+    depth = pick.choice([10, 900, 5000, 100_000])
+    opening, closing = pick.choice([("[", "]"), ('{"a":', "}")])
+    nest = opening * depth + "1" + closing * pick.choice([depth, depth, 0])
+    tensor = {"name": "pixels", "shape": [1, 1, 1], "datatype": "UINT8", "data": [1]}
+    path, body = pick.choice(
+        [
+            (pick.choice(INFER), "nest"),
+            (pick.choice(INFER), {"inputs": [{**tensor, pick.choice(["shape", "data", "parameters"]): "nest"}]}),
+            (pick.choice(INFER), {"inputs": [], "parameters": {"steps": "nest"}}),
+            ("/v2/models/sr3/generate", {"image": "nest"}),
+            ("/v2/models/sr3_stream/generate_stream", {"pixels": "nest"}),
+        ]
+    )
+    return path, json.dumps(body).replace('"nest"', nest).encode(), JSON
+
+
+def _compressed(pick: random.Random) -> Body:
+    """Bombs, and what is not what its header says."""
+    path, body, headers = _values(pick)
+    encoding = pick.choice(["gzip", "deflate", "br", "gzip, gzip", ""])
+    packed = [gzip.compress(body), zlib.compress(body), gzip.compress(body)[: pick.randrange(40)], body, BOMB]
+    return path, pick.choice(packed), {**headers, "Content-Encoding": encoding}
+
+
+def _oversized(pick: random.Random) -> Body:
+    path, body, headers = _binary(_file(pick), pick)
+    return path, body + bytes(pick.choice([2**20, 6 * 2**20, 20 * 2**20])), headers
 
 
 def _broken_json(pick: random.Random) -> Body:
@@ -125,4 +175,18 @@ def _generate(pick: random.Random) -> Body:
     return "/v2/models/sr3/generate", json.dumps(body).encode(), JSON
 
 
-KINDS = (_flipped, _truncated, _padded, _bomb, _lying_lengths, _values, _tensors, _broken_json, _generate)
+KINDS = (
+    _flipped,
+    _truncated,
+    _padded,
+    _bomb,
+    _lying_lengths,
+    _values,
+    _tensors,
+    _outputs,
+    _nested,
+    _compressed,
+    _oversized,
+    _broken_json,
+    _generate,
+)

@@ -22,6 +22,7 @@ from mutations import mutated
 import sr3rt
 from sr3rt.errors import BackendError, OptionError
 from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.guard import Bounds, Guard
 from sr3rt.serving.server import Server, write_repository
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
@@ -38,7 +39,7 @@ def stub(server_pid: int, model: str) -> int:
 def reload(triton: Any, *models: str) -> None:
     for action in ("unload", "load"):
         for model in models:
-            post(f"{triton.url}/v2/repository/models/{model}/{action}", b"{}")
+            post(f"{triton.own_url}/v2/repository/models/{model}/{action}", b"{}")
     triton.server.ready(within=30)
 
 
@@ -46,12 +47,12 @@ def test_unloading_finishes_the_requests_in_hand(mortal: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(by_http, mortal, PICTURE, steps=15, seed=i) for i in range(8)]
         time.sleep(0.3)
-        post(f"{mortal.url}/v2/repository/models/sr3/unload", b"{}")
+        post(f"{mortal.own_url}/v2/repository/models/sr3/unload", b"{}")
         for seed, one in enumerate(asked):
             pixels, _ = one.result(60)
             assert np.abs(pixels.astype(int) - sr3rt.upscale(PICTURE, steps=15, seed=seed)).max() <= 1
     assert "HTTP 404" in str(mortal.server.ill(timeout=20))
-    post(f"{mortal.url}/v2/repository/models/sr3/load", b"{}")
+    post(f"{mortal.own_url}/v2/repository/models/sr3/load", b"{}")
     assert by_http(mortal, PICTURE, steps=1)
 
 
@@ -122,6 +123,7 @@ def test_serve_starts_a_server_restarts_it_when_it_dies_and_stops_it(tmp_path: P
         (server,) = Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text().split()
         os.kill(stub(int(server), "sr3_stream"), signal.SIGKILL)
         assert said("the server no longer answers and is started again")
+        assert status(f"http://127.0.0.1:{address.http}/v2/models/sr3/infer", b'{"inputs": []}')[0] == 503
         assert said("the server is back")
     finally:
         serving.send_signal(signal.SIGTERM)
@@ -132,8 +134,11 @@ def test_serve_starts_a_server_restarts_it_when_it_dies_and_stops_it(tmp_path: P
 
 
 def test_serve_refuses_a_port_that_is_taken(triton: Any) -> None:
-    with pytest.raises(OptionError, match=r"cannot be listened on .* choose another http port"):
-        Server(Path("nowhere"), triton.server.address)
+    address = triton.server.address
+    with pytest.raises(OptionError, match=r"cannot be listened on \(Address already in use\): choose another http port"):
+        Guard(address.host, address.http, Bounds(body=1, connections=1))
+    with pytest.raises(OptionError, match=r"cannot be listened on .* choose another grpc port"):
+        Server(Path("nowhere"), address)
 
 
 def test_a_repository_names_what_differs_from_the_default(tmp_path: Path) -> None:

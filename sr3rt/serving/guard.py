@@ -1,0 +1,250 @@
+"""HTTP in front of Triton's: what does not survive strangers listens on this machine only, behind this.
+
+Requests are read whole, within a bound, checked (claims.py) and passed on in one piece; answers pass as they come, event by event. It is a
+thread of the process that watches Triton, which has nothing else to do: it outlives Triton, so clients are told 503 while that is started
+again, and it needs no watching of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import resource
+import threading
+import zlib
+from dataclasses import dataclass
+
+from sr3rt.bundle import Bundle
+from sr3rt.errors import ImageTooLarge, MissingExtra, OptionError
+from sr3rt.serving.claims import check_infer, check_json
+from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.server import LOOPBACK, listening
+from sr3rt.upscaler import SHIPPED
+
+try:
+    import aiohttp
+    from aiohttp import web
+except ModuleNotFoundError as error:
+    raise MissingExtra("serving", "aiohttp", "cpu,serve") from error
+
+_MODEL = "/v2/models/(sr3|sr3_stream)(/versions/[0-9]{1,9})?"
+OFFERED = {
+    "GET": re.compile(f"/v2/?|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/(ready|config|stats))?"),
+    "POST": re.compile(f"{_MODEL}/(infer|generate|generate_stream)"),
+}
+"""Methods and paths; every other, Triton's control of models, shared memory, traces and logs among them, is answered 404."""
+
+HEAD = "Inference-Header-Content-Length"  # Triton's: bytes of JSON before the tensors' own
+OVERHEAD = 2**16  # bytes of a body beside the picture
+IDLE = 1.0  # seconds that a connection to Triton is kept: Triton, told to stop, waits for those too
+SPARE = 100  # files that the process that watches Triton keeps for itself
+
+# Between two ends of one connection, or said anew of the body that is passed on.
+_NOT_PASSED = (
+    HEAD,
+    "Connection",
+    "Content-Encoding",
+    "Content-Length",
+    "Expect",
+    "Host",
+    "Keep-Alive",
+    "TE",
+    "Trailer",
+    "Transfer-Encoding",
+    "Upgrade",
+)
+_NOT_RETURNED = ("Connection", "Keep-Alive", "Transfer-Encoding")
+_NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+
+log = logging.getLogger(__name__)
+_quiet = logging.getLogger(f"{__name__}.http")  # a stranger's broken request is no event: it is answered
+_quiet.setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """body: most bytes of a request's, unpacked. connections: most clients at a time."""
+
+    body: int
+    connections: int
+
+    @classmethod
+    def of(cls, configuration: Configuration) -> Bounds:
+        """Five bytes for each of the largest picture that is taken, as JSON needs for numbers (`255, `), and `OVERHEAD`.
+
+        Each connection takes two of the files that a process may open. Raises BundleError.
+        """
+        scale = Bundle.open(configuration.bundle or SHIPPED).manifest.scale
+        picture = max(configuration.max_file_bytes, 4 * configuration.max_pixels // scale**2)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return cls(body=5 * picture + OVERHEAD, connections=max(1, (files - SPARE) // 2))
+
+
+class Guard:
+    """Listens from the first on. Use it in a `with` statement. Raises OptionError where another process listens.
+
+    triton: the port of this machine that Triton's own HTTP listens on; None or not there: clients are told 503.
+    """
+
+    def __init__(self, host: str, port: int, bounds: Bounds) -> None:
+        self.triton: int | None = None
+        self._bounds = bounds
+        self._socket = listening(host, port, "http")
+        self._closing = asyncio.Event()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._thread = threading.Thread(target=self._run, name="sr3rt-guard", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Listen no more; answers that are under way have a few seconds."""
+        self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        with self._runner:
+            self._runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", self._answer)
+        runner = web.AppRunner(
+            application, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True, shutdown_timeout=5
+        )
+        await runner.setup()
+        server = runner.server
+        assert server is not None
+
+        def connected() -> asyncio.BaseProtocol:
+            return _Full() if len(server.connections) >= self._bounds.connections else server()
+
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE)
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=_NOT_ADDED
+        ) as self._session:
+            listener = await self._loop.create_server(connected, sock=self._socket)
+            await self._closing.wait()
+            listener.close()
+            await runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        path = request.raw_path.partition("?")[0]
+        offered = OFFERED.get(request.method)
+        if offered is None or not offered.fullmatch(path):
+            return _refusal(404, f"{request.method} {path[:100]} is not offered: docs/serving.md says what is")
+        try:
+            body = await self._body(request)
+            head = _checked(path, body, request.headers.get(HEAD)) if request.method == "POST" else None
+            return await self._passed_on(request, path, body, head)
+        except ImageTooLarge as error:
+            return _refusal(413, str(error))
+        except OptionError as error:
+            return _refusal(400, str(error))
+        except Exception:  # a mistake of ours
+            log.exception("the guard failed")
+            raise
+
+    async def _body(self, request: web.Request) -> bytes:
+        """All of it, unpacked. Raises ImageTooLarge as soon as that is known, OptionError."""
+        limit = self._bounds.body
+        if (request.content_length or 0) > limit:
+            raise ImageTooLarge(f"the body has {request.content_length} bytes; the limit is {limit}")
+        body = bytearray()
+        try:
+            async for part in request.content.iter_any():
+                body += part
+                if len(body) > limit:
+                    raise ImageTooLarge(f"the body has more bytes than the limit of {limit}")
+        except web.RequestPayloadError as error:
+            raise OptionError(f"the body is not what its headers say: {error}") from None
+        return _unpacked(bytes(body), request.headers.get("Content-Encoding", "identity"), limit)
+
+    async def _passed_on(self, request: web.Request, path: str, body: bytes, head: int | None) -> web.StreamResponse:
+        headers = request.headers.copy()
+        for name in _NOT_PASSED:
+            headers.popall(name, None)
+        if head is not None:
+            headers[HEAD] = str(head)
+        response: web.StreamResponse | None = None
+        try:
+            if self.triton is None:
+                raise aiohttp.ClientError
+            url = f"http://{LOOPBACK}:{self.triton}{path}"
+            async with self._session.request(request.method, url, headers=headers, data=body or None) as answer:
+                response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=answer.headers)
+                for name in _NOT_RETURNED:
+                    response.headers.popall(name, None)
+                await response.prepare(request)
+                async for part in answer.content.iter_any():
+                    await response.write(part)
+                await response.write_eof()
+                return response
+        except aiohttp.ClientError:
+            if response is None:
+                return _refusal(503, "the server is being started, or went away with this request: try again later")
+            if request.transport is not None:
+                request.transport.abort()  # half an answer must not look whole
+            return response
+
+
+class _Full(asyncio.Protocol):
+    """For one client too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Answer, and close."""
+        assert isinstance(transport, asyncio.Transport)
+        text = _error("too many connections: try again later")
+        fields = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\nConnection: close"
+        transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{fields}\r\n\r\n{text}".encode())
+        transport.close()
+
+
+def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    """Not by aiohttp, which would go on unpacking a bomb after it was refused."""
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise OptionError(f"Content-Encoding must be gzip or deflate, found {encoding[:30]!r}")
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either, by its header
+    try:
+        unpacked = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise OptionError(f"the body is no {encoding}: {error}") from None
+    if len(unpacked) > limit:
+        raise ImageTooLarge(f"the body, unpacked, has more bytes than the limit of {limit}")
+    if not unpacker.eof:
+        raise OptionError(f"the body ends before its {encoding} does")
+    return unpacked
+
+
+def _checked(path: str, body: bytes, head: str | None) -> int | None:
+    """The bytes of JSON that Triton is to be told of, None where all of the body is JSON. Raises OptionError."""
+    if not path.endswith("/infer"):
+        check_json(body)
+        return None
+    if head is None:
+        check_infer(body, size=len(body))
+        return None
+    if not re.fullmatch("[0-9]{1,18}", head) or int(head) > len(body):
+        raise OptionError(f"{HEAD} must be a number of bytes, at most the {len(body)} that were sent; found {head[:30]!r}")
+    check_infer(body[: int(head)], size=len(body))
+    return int(head)
+
+
+def _refusal(status: int, why: str) -> web.Response:
+    return web.Response(status=status, text=_error(why), content_type="application/json")
+
+
+def _error(why: str) -> str:
+    return json.dumps({"error": why})

@@ -1,0 +1,283 @@
+"""The guard: what it refuses, that Triton never sees it, and that the rest passes as it was."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import http.client
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http
+from asking import by_http, encoded, events, free_address, inputs, metric, status
+
+from sr3rt.errors import MissingExtra
+from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.guard import Bounds, Guard
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
+INFER = "/v2/models/sr3/infer"
+PIXEL = {"name": "pixels", "shape": [1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}
+
+
+def get(url: str, path: str, method: str = "GET") -> tuple[int, bytes]:
+    """Of a path that no client library would send as it is."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection.request(method, path)
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def said(url: str, *parts: bytes) -> bytes:
+    """What is answered to bytes on a connection, until it is closed or the answer is whole."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        for part in parts:
+            connection.sendall(part)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return b"%d " % response.status + response.read()
+
+
+@pytest.fixture
+def unharmed(triton: Any) -> Iterator[Any]:
+    """The server, which afterwards is the same and well."""
+    before = triton.server.pid
+    yield triton
+    assert triton.server.ill(timeout=20) is None
+    assert triton.server.pid == before
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats", "/v2/models/sr3", "/v2/models/sr3_stream/config",
+     "/v2/models/sr3/ready", "/v2/models/sr3/versions/1/ready", "/v2/models/sr3/versions/1", "/v2/models/sr3/stats"],
+)  # fmt: skip
+def test_what_tells_of_the_server_and_its_models_passes_unchanged(triton: Any, path: str) -> None:
+    code, text = get(triton.url, path)
+    assert code == 200
+    if "stats" not in path:
+        assert text == get(triton.own_url, path)[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v2/repository/index"),
+        ("POST", "/v2/repository/models/sr3/unload"),
+        ("POST", "/v2/models/sr3/../../repository/index"),
+        ("POST", "/v2%2Frepository/index"),
+        ("POST", "http://other/v2/repository/index"),
+        ("GET", "/v2/systemsharedmemory/status"),
+        ("POST", "/v2/systemsharedmemory/region/x/register"),
+        ("GET", "/v2/trace/setting"),
+        ("POST", "/v2/models/sr3/trace/setting"),
+        ("POST", "/v2/logging"),
+        ("POST", "/v2/models/other/infer"),
+        ("GET", INFER),
+        ("DELETE", INFER),
+        ("POST", "/v2"),
+        ("GET", "/"),
+    ],
+)
+def test_what_is_not_offered_is_not_found(unharmed: Any, method: str, path: str) -> None:
+    code, text = get(unharmed.url, path, method)
+    assert code == 404
+    assert f"{method} {path} is not offered" in json.loads(text)["error"]
+
+
+def test_triton_itself_would_answer(triton: Any) -> None:
+    assert get(triton.own_url, "/v2/repository/index", "POST")[0] == 200
+
+
+# --- what Triton does not survive
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"inputs": [{**PIXEL, "shape": [1, 2**33, 3], "data": [1]}]}, "claims more values"),
+        ({"inputs": [{**PIXEL, "shape": [0, 2**62, 2**62], "data": []}]}, "claims more values"),
+        ({"inputs": [PIXEL], "outputs": [{"name": "info", "parameters": {"classification": 1}}]}, "classification"),
+        ({"inputs": [{**PIXEL, "data": "NEST"}]}, "nested too deep"),
+    ],
+)
+def test_what_would_end_triton_is_refused(unharmed: Any, body: Any, message: str) -> None:
+    nest = "[" * 100_000 + "]" * 100_000
+    code, text = status(unharmed.url + INFER, json.dumps(body).replace('"NEST"', nest).encode())
+    assert code == 400
+    assert message in json.loads(text)["error"]
+
+
+@pytest.mark.parametrize("model", ["sr3/generate", "sr3_stream/generate_stream"])
+def test_nesting_is_refused_where_pictures_are_text(unharmed: Any, model: str) -> None:
+    code, text = status(f"{unharmed.url}/v2/models/{model}", b'{"image": ' + b"[" * 100_000)
+    assert (code, "nested too deep" in text) == (400, True)
+
+
+def test_a_body_in_700_000_chunks_is_one_body_for_triton(unharmed: Any) -> None:
+    head = b"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = json.dumps({"inputs": [PIXEL], "parameters": {"steps": 1}}).encode() + b" " * 700_000
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    assert said(unharmed.url, head, chunks).startswith(b'200 {"model_name":"sr3"')
+
+
+# --- bounds
+
+
+def test_the_bound_of_a_body_follows_from_the_largest_picture() -> None:
+    assert Bounds.of(Configuration()).body == 5 * 2**24 + 2**16
+    assert Bounds.of(Configuration(max_file_bytes=10)).body == 5 * 4 * 2**26 // 16 + 2**16
+    assert Bounds.of(Configuration(max_file_bytes=1000, max_pixels=16)).body == 5 * 1000 + 2**16
+
+
+def test_a_body_over_the_bound_is_refused_before_it_is_read(unharmed: Any) -> None:
+    head = b"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000000\r\n\r\n"
+    assert said(unharmed.url, head).startswith(b'413 {"error": "the body has 100000000000 bytes; the limit is 5308416"')
+
+
+def test_a_body_that_does_not_tell_its_length_is_refused_when_it_passes_the_bound(unharmed: Any) -> None:
+    head = b"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
+    assert said(unharmed.url, head, *[chunk] * 82).startswith(b'413 {"error": "the body has more bytes than the limit of 5308416"')
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_compressed_body_is_unpacked_within_the_bound(unharmed: Any, encoding: str, pack: Any) -> None:
+    headers = {"Content-Encoding": encoding}
+    body = pack(json.dumps({"inputs": [PIXEL], "parameters": {"steps": 1}}).encode())
+    assert status(unharmed.url + INFER, body, headers)[0] == 200
+    assert status(unharmed.url + INFER, pack(bytes(2**28)), headers)[0] == 413
+    assert status(unharmed.url + INFER, body[:-9], headers) == (400, f'{{"error": "the body ends before its {encoding} does"}}')
+    assert status(unharmed.url + INFER, b"{}", headers)[0] == 400
+    code, text = status(unharmed.url + INFER, body, {"Content-Encoding": "br"})
+    assert (code, "must be gzip or deflate, found 'br'" in text) == (400, True)
+
+
+@pytest.mark.parametrize("length", ["-1", "", "abc", "1e3", "99999999", "9" * 40])
+def test_the_length_of_the_json_is_within_the_body(unharmed: Any, length: str) -> None:
+    code, text = status(unharmed.url + INFER, json.dumps({"inputs": [PIXEL]}).encode(), {"Inference-Header-Content-Length": length})
+    assert (code, "must be a number of bytes" in text) == (400, True)
+
+
+def test_one_client_too_many_is_told_so() -> None:
+    address = free_address()
+    with Guard(address.host, address.http, Bounds(body=100, connections=2)):
+        url = f"http://{address.host}:{address.http}"
+        kept = [socket.create_connection((address.host, address.http)) for _ in range(2)]
+        time.sleep(0.2)
+        assert said(url) == b'503 {"error": "too many connections: try again later"}'
+        kept[0].close()
+        time.sleep(0.2)
+        assert get(url, "/")[0] == 404
+        kept[1].close()
+
+
+# --- passing on
+
+
+def test_compression_that_a_client_chose_works_both_ways(triton: Any) -> None:
+    with triton.http() as client:
+        result = client.infer(
+            "sr3",
+            inputs(tritonclient.http, PICTURE),
+            parameters={"steps": 1},
+            request_compression_algorithm="deflate",
+            response_compression_algorithm="gzip",
+        )
+    assert result.as_numpy("pixels").shape == (40, 56, 3)
+
+
+def test_events_arrive_as_they_happen(triton: Any) -> None:
+    arrived = []
+    for _, info in events(triton, np.zeros((48, 48, 3), np.uint8), steps=12, seed=1):
+        arrived.append(time.monotonic())
+        assert info["step"] == len(arrived)
+    gaps = np.diff(arrived)
+    assert np.median(gaps) > (arrived[-1] - arrived[0]) / 60  # not all at the end
+
+
+def test_large_bodies_pass_whole(triton: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)  # 16 times as many come back
+    large, _ = by_http(triton, pixels, steps=1, seed=3)
+    assert large.shape == (1024, 1024, 3)
+
+
+def test_connections_are_kept_and_many_work_at_a_time(triton: Any) -> None:
+    connection = http.client.HTTPConnection(triton.url.removeprefix("http://"), timeout=60)
+    for _ in range(3):
+        connection.request("GET", "/v2")
+        assert connection.getresponse().read().startswith(b'{"name":"triton"')
+        kept, connection.auto_open = connection.sock, 0
+        assert kept is not None
+    with ThreadPoolExecutor(20) as pool:
+        assert all(pool.map(lambda seed: by_http(triton, PICTURE, steps=3, seed=seed), range(20)))
+
+
+# --- when Triton is not there
+
+
+def test_without_triton_the_answer_is_unavailable() -> None:
+    address = free_address()
+    with Guard(address.host, address.http, Bounds(body=100, connections=9)) as guard:
+        url = f"http://{address.host}:{address.http}"
+        for port in (None, free_address().http):
+            guard.triton = port
+            code, text = status(url + INFER, b'{"inputs": []}')
+            assert (code, "try again later" in text) == (503, True)
+            assert get(url, "/v2/health/ready")[0] == 503
+    with pytest.raises(OSError, match="refused"):
+        get(url, "/v2")
+
+
+def test_requests_that_triton_dies_with_are_refused_or_cut(mortal: Any) -> None:
+    pixel = {"inputs": [{**PIXEL, "shape": [60, 60, 3], "data": [0] * 10800}], "parameters": {"steps": 900}}
+    picture = {"image": base64.b64encode(encoded(np.zeros((60, 60, 3), np.uint8))).decode(), "base64": True, "steps": 900}
+    stream = f"{mortal.url}/v2/models/sr3_stream/generate_stream"
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(status, mortal.url + INFER, json.dumps(pixel).encode()) for _ in range(2)]
+        with urllib.request.urlopen(stream, json.dumps(picture).encode(), timeout=60) as reply:  # noqa: S310
+            assert b'"step' in reply.readline()
+            while metric(mortal, "sr3rt_running") < 3:
+                time.sleep(0.1)
+            os.kill(mortal.server.pid, signal.SIGKILL)
+            with pytest.raises((OSError, http.client.IncompleteRead)):
+                reply.read()
+        for one in asked:
+            code, text = one.result(20)
+            assert (code, "went away with this request" in text) == (503, True)
+    assert status(mortal.url + INFER, b'{"inputs": []}')[0] == 503
+
+
+def test_closing_waits_for_nobody_who_is_silent() -> None:
+    address = free_address()
+    guard = Guard(address.host, address.http, Bounds(body=100, connections=9))
+    with socket.create_connection((address.host, address.http)) as silent:
+        silent.sendall(b"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        closing = threading.Thread(target=guard.close)
+        closing.start()
+        closing.join(10)
+        assert not closing.is_alive()
+
+
+def test_without_aiohttp_the_error_is_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sr3rt.serving.guard")
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(MissingExtra, match=r"aiohttp.*sr3rt\[cpu,serve\]"):
+        importlib.import_module("sr3rt.serving.guard")
