@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.latency import Measurement, Plan
 from benchmarks.peer import CHECKOUT
-from sr3rt.backends import Request
+from sr3rt.backends import Request, cuda
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and (reason := cuda.why_not()):
+        raise pytest.UsageError(f"--device cuda: {reason}")
     if config.getoption("--peer"):
         os.environ[CHECKOUT] = str(Path(config.getoption("--peer")).resolve())
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sr3rt.bundle import WEIGHTS, Bundle
-from sr3rt.errors import OptionError
+from sr3rt.cli import SUFFIXES, run_command
+from sr3rt.errors import MissingExtra, OptionError
 from sr3rt.export.nets.compact import COARSE, DETAIL, CompactConfig, CompactUNet, bands
 from sr3rt.safetensors import Weights
 
@@ -59,12 +60,15 @@ def run_gammas(steps: int = 1000, least: float = 0.2, bend: float = 4.6) -> NDAr
 
 
 def photographs(folder: Path, hold_out: str) -> list[Pixels]:
-    """The folder's PNGs but those that `hold_out` (a glob) matches, and the photographs that come with scikit-image's wheel."""
-    from skimage import data
+    """The folder's pictures but those that `hold_out` (a glob) matches, and the photographs that come with scikit-image's wheel."""
+    try:
+        from skimage import data
+    except ModuleNotFoundError:
+        raise MissingExtra("training", "scikit-image", "export,bench") from None
 
-    paths = [path for path in sorted(folder.glob("*.png")) if not path.match(hold_out)]
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES and not path.match(hold_out)]
     if not paths:
-        raise OptionError(f"{folder} holds no .png to train on: give --images a folder of photographs")
+        raise OptionError(f"{folder} holds nothing to train on: give --images a folder of photographs ({', '.join(SUFFIXES)})")
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     pictures += [getattr(data, name)() for name in ("astronaut", "cat", "coffee", "rocket")]
     return [*pictures, data.stereo_motorcycle()[0]]  # type: ignore[no-untyped-call]
@@ -196,7 +200,7 @@ def train(
     *,
     images: Path,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    hold_out: str = "kodim2[1-4].png",
+    hold_out: str = "kodim2[1-4].*",
     start: Path | None = None,
     minutes: float = 120,
     batch: int = 8,
@@ -239,6 +243,9 @@ def train(
     seed
         Of crops, levels and noise.
     """
+    if minutes <= 0:
+        raise OptionError(f"--minutes must be more than 0, found {minutes:g}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     run = Run(from_file(start) if start else CompactUNet(CompactConfig()), rate=rate, decay=decay, device=device)
     state = output.with_suffix(".state")
@@ -278,4 +285,4 @@ def train(
 if __name__ == "__main__":
     app = App(help=__doc__)
     app.default(train)
-    app()
+    run_command(app)
