@@ -1,7 +1,7 @@
 """sr3rt runs trained SR3 super-resolution models (arXiv 2104.07636) in production, without torch.
 
     import sr3rt
-    sr3rt.upscale("small.png").save("large.png")        # with the small model that ships
+    sr3rt.save(sr3rt.upscale("small.png"), "large.png")  # with the small model that ships
 
     up = sr3rt.load("bundle/")                          # your own, exported with  sr3rt export ckpt.pth
     large = up.upscale(image, steps=25, seed=7)
@@ -38,6 +38,7 @@ from sr3rt.errors import (
 
 if TYPE_CHECKING:
     from sr3rt.decoding import Limits
+    from sr3rt.saving import save
     from sr3rt.upscaler import Result, Upscaler, load, upscale
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "Stopped",
     "Upscaler",
     "load",
+    "save",
     "upscale",
 ]
 
@@ -75,6 +77,10 @@ def __getattr__(name: str) -> Any:
         from sr3rt import upscaler
 
         return getattr(upscaler, name)
+    if name == "save":
+        from sr3rt import saving
+
+        return saving.save
     if name == "_native":
         try:
             return import_module("sr3rt._native")

@@ -108,7 +108,7 @@ def upscale(
                     tile=tile,
                     on_step=start(source.name),
                 )
-                _write(source, target, result.image, result.provenance if provenance else None, compare=compare)
+                _write(source, target, result.image, result.provenance if provenance else {}, compare=compare)
             except (SR3Error, OSError, MemoryError) as error:
                 if isinstance(error, OptionError):
                     raise
@@ -327,7 +327,7 @@ def _work(source: Path, output: Path) -> list[tuple[Path, Path]]:
     return work
 
 
-def _write(source: Path, target: Path, image: object, provenance: dict[str, str] | None, *, compare: bool) -> None:
+def _write(source: Path, target: Path, image: object, provenance: dict[str, str], *, compare: bool) -> None:
     from PIL import Image
 
     from sr3rt.saving import save

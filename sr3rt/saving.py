@@ -49,8 +49,9 @@ _IMAGE_DESCRIPTION = 270  # TIFF 6.0, page 34
 def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[str, str] | None = None) -> None:
     """Write a PIL image in the format that the suffix names, with its ICC profile and without EXIF data.
 
-    `provenance` goes into a PNG as text chunks, one per key (keys: 1 to 79 Latin-1 characters), into a JPEG's comment and a
-    TIFF's ImageDescription as JSON; WebP, BMP and PPM have no place for it. The file appears whole or not at all.
+    `provenance` (None: what the image carries from `upscale`; {}: nothing) goes into a PNG as text chunks, one per key (keys: 1 to 79
+    Latin-1 characters), into a JPEG's comment and a TIFF's ImageDescription as JSON; WebP, BMP and PPM have no place for it. The file
+    appears whole or not at all.
 
     Raises ImageError where the format cannot hold the picture or the file cannot be written.
     """
@@ -58,6 +59,8 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[s
     if path.suffix.lower() not in SUFFIXES:
         raise ImageError(f"{path}: the suffix {path.suffix!r} names no format; expected one of {', '.join(SUFFIXES)}")
     kind = SUFFIXES[path.suffix.lower()]
+    if provenance is None:
+        provenance = {key: text for key, text in image.info.items() if isinstance(key, str) and key.startswith("sr3rt:")}
     try:
         encoded = encode(image, kind, provenance=provenance)
     except ImageError as error:

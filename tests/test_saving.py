@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from test_images import photograph, pixels, reopened
 
+import sr3rt
 from sr3rt.errors import ImageError
 from sr3rt.saving import save
 
@@ -90,3 +91,11 @@ def test_a_new_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     save(photograph(), tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_a_result_carries_is_written_with_it(tmp_path: Path) -> None:
+    picture = sr3rt.upscale(Image.fromarray(np.zeros((4, 4, 3), np.uint8)), seed=7, steps=1)
+    sr3rt.save(picture, tmp_path / "with.png")
+    save(picture, tmp_path / "without.png", provenance={})
+    assert Image.open(tmp_path / "with.png").info["sr3rt:seed"] == "7"
+    assert not any(str(key).startswith("sr3rt:") for key in Image.open(tmp_path / "without.png").info)
