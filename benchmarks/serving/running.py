@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.guard import Bounds, Guard
-from sr3rt.serving.server import Address, Server, probe, write_repository
+from sr3rt.serving.server import Address, Ports, Server, probe, write_repository
 
 LEAK = """
 from sr3rt.serving.triton import Core
@@ -54,19 +54,19 @@ def serving(configuration: Configuration, *, leak: int = 0) -> Iterator[Running]
             server.ready(within=120)
             # Not in this process, as the load is: they would share Python's lock.
             spawn = multiprocessing.get_context("spawn")
-            guard = spawn.Process(target=_guarding, args=(address, Bounds.of(configuration), server.http), daemon=True)
+            guard = spawn.Process(target=_guarding, args=(address, Bounds.of(configuration), server.ports), daemon=True)
             guard.start()
             while probe(address.http, timeout=60) is not None:
                 assert guard.is_alive()
                 time.sleep(0.1)
             assert guard.pid is not None
             try:
-                yield Running(f"http://127.0.0.1:{http}", f"http://127.0.0.1:{server.http}", address, (server.pid, guard.pid))
+                yield Running(f"http://127.0.0.1:{http}", f"http://127.0.0.1:{server.ports.http}", address, (server.pid, guard.pid))
             finally:
                 guard.terminate()
 
 
-def _guarding(address: Address, bounds: Bounds, triton: int) -> None:
-    with Guard(address.host, address.http, bounds) as guard:
+def _guarding(address: Address, bounds: Bounds, triton: Ports) -> None:
+    with Guard(address, bounds) as guard:
         guard.triton = triton
         signal.pause()

@@ -26,7 +26,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
-    mixed, over, alone, cancels = (report[name] for name in ("mixed", "overload", "overhead", "cancels"))
+    mixed, over, alone, guard, cancels = (report[name] for name in ("mixed", "overload", "overhead", "guard", "cancels"))
     leak, where = over["leaking"], report["environment"]
     return [
         f"On {where['cores']} cores of an {where['cpu']}, with the model that ships, {where['date'][:10]}:",
@@ -41,6 +41,9 @@ def _facts(report: dict[str, Any]) -> list[str]:
         f"½ MiB a request planted, {leak['memory_growth_mib']:+.0f} MiB over half a minute by the same check.",
         f"- One client, 64×64 → 256×256: {1e3 * alone['server_p50_s']:.0f} ms through the server, {alone['ratio']:.2f}× of `upscale` "
         f"in the process (medians of {alone['pairs']} pairs, in turns).",
+        f"- The guard adds {guard['added_p50_ms']:.1f} ms to a request of one step, {guard['side']}×{guard['side']} → {4 * guard['side']}×"
+        f"{4 * guard['side']}: {guard['by_p50_ms']:.1f} ms by it, {guard['past_p50_ms']:.1f} ms past it (medians of {guard['pairs']} "
+        "pairs, in turns).",
         f"- {cancels['asked_to_cancel']} requests cancelled at random moments: {cancels['cancelled_by_server']:.0f} left unfinished, "
         f"{cancels['neighbours']} neighbours' results within {cancels['worst_levels']} levels of their own, "
         f"{cancels['queued_and_running_after']:.0f} left running, memory {cancels['memory_growth_mib']:+.0f} MiB.",

@@ -1,4 +1,4 @@
-"""What the JSON of a request claims, checked before Triton believes it.
+"""What a request claims, checked before Triton believes it.
 
 Triton 2.51 ends, or loses a model's process, when a `shape` claims more memory than there is, or has a product that wraps or is 0 with
 dimensions that NumPy refuses; when arrays are nested 100,000 deep; and when `classification` is asked of an output that is text or a file.
@@ -8,6 +8,7 @@ Its parser takes the first of two equal names, Python's the last: so a name may 
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from typing import Any
 
 from sr3rt.errors import OptionError
@@ -17,11 +18,10 @@ def check_infer(text: bytes, *, size: int) -> None:
     """The JSON of an `infer` request whose body, data included, has `size` bytes. Raises OptionError."""
     request = check_json(text)
     for number, tensor in enumerate(_objects(request, "inputs")):
-        _check_shape(tensor.get("shape"), f"input {number}", size)
+        check_shape(tensor.get("shape"), f"input {number}", size)
     for number, output in enumerate(_objects(request, "outputs") if "outputs" in request else []):
         parameters = output.get("parameters")
-        if isinstance(parameters, dict) and "classification" in parameters:
-            raise OptionError(f"output {number}: classification is for class scores, and no output here has them: leave it out")
+        check_output(parameters if isinstance(parameters, dict) else (), number)
 
 
 def check_json(text: bytes) -> dict[str, Any]:
@@ -51,8 +51,17 @@ def _objects(request: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _check_shape(shape: Any, what: str, size: int) -> None:
-    """A value takes a byte of the body at least, and eight bytes of Triton's memory at most."""
+def check_output(parameters: Container[str], number: int) -> None:
+    """The names of an output's parameters. Raises OptionError."""
+    if "classification" in parameters:
+        raise OptionError(f"output {number}: classification is for class scores, and no output here has them: leave it out")
+
+
+def check_shape(shape: Any, what: str, size: int) -> None:
+    """Of a tensor in a request of `size` bytes. A value takes a byte of that at least, and eight of Triton's memory at most.
+
+    Raises OptionError.
+    """
     if not isinstance(shape, list) or not all(type(length) is int and length >= 0 for length in shape):
         raise OptionError(f"{what}: shape must be a list of whole numbers from 0 on")
     values = 1

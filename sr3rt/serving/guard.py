@@ -1,4 +1,4 @@
-"""HTTP in front of Triton's: what does not survive strangers listens on this machine only, behind this.
+"""HTTP, and by grpc_guard.py gRPC, in front of Triton's: what does not survive strangers listens on this machine only, behind this.
 
 Requests are read whole, within a bound, checked (claims.py) and passed on in one piece; answers pass as they come, event by event. It is a
 thread of the process that watches Triton, which has nothing else to do: it outlives Triton, so clients are told 503 while that is started
@@ -14,13 +14,14 @@ import re
 import resource
 import threading
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from sr3rt.bundle import Bundle
 from sr3rt.errors import ImageTooLarge, MissingExtra, OptionError
 from sr3rt.serving.claims import check_infer, check_json
 from sr3rt.serving.configuration import Configuration
-from sr3rt.serving.server import LOOPBACK, listening
+from sr3rt.serving.grpc_guard import GrpcGuard, listen
+from sr3rt.serving.server import LOOPBACK, Address, Ports, listening
 from sr3rt.upscaler import SHIPPED
 
 try:
@@ -65,7 +66,7 @@ _quiet.setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """body: most bytes of a request's, unpacked. connections: most clients at a time."""
+    """body: most bytes of a request's, unpacked. connections: most clients at a time; of gRPC, most calls."""
 
     body: int
     connections: int
@@ -85,18 +86,27 @@ class Bounds:
 class Guard:
     """Listens from the first on. Use it in a `with` statement. Raises OptionError where another process listens.
 
-    triton: the port of this machine that Triton's own HTTP listens on; None or not there: clients are told 503.
+    triton: the ports of this machine that Triton's own HTTP and gRPC listen on; None or not there: clients are told 503 or UNAVAILABLE.
     """
 
-    def __init__(self, host: str, port: int, bounds: Bounds) -> None:
-        self.triton: int | None = None
-        self._bounds = bounds
-        self._socket = listening(host, port, "http")
+    def __init__(self, address: Address, bounds: Bounds) -> None:
+        self._address, self._bounds, self._grpc = address, bounds, GrpcGuard()
+        self.triton = None
+        listening(address.host, address.grpc, "grpc").close()
+        self._socket = listening(address.host, address.http, "http")
         self._closing = asyncio.Event()
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._run, name="sr3rt-guard", daemon=True)
         self._thread.start()
+
+    @property
+    def triton(self) -> Ports | None:
+        return self._triton
+
+    @triton.setter
+    def triton(self, ports: Ports | None) -> None:
+        self._triton, self._grpc.triton = ports, ports and ports.grpc
 
     def __enter__(self) -> Guard:
         return self
@@ -134,9 +144,10 @@ class Guard:
             connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=_NOT_ADDED
         ) as self._session:
             listener = await self._loop.create_server(connected, sock=self._socket)
+            calls = await listen(self._grpc, self._address.host, self._address.grpc, **asdict(self._bounds))
             await self._closing.wait()
             listener.close()
-            await runner.cleanup()
+            await asyncio.gather(calls.stop(5), runner.cleanup())
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
@@ -180,7 +191,7 @@ class Guard:
         try:
             if self.triton is None:
                 raise aiohttp.ClientError
-            url = f"http://{LOOPBACK}:{self.triton}{path}"
+            url = f"http://{LOOPBACK}:{self.triton.http}{path}"
             async with self._session.request(request.method, url, headers=headers, data=body or None) as answer:
                 response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=answer.headers)
                 for name in _NOT_RETURNED:

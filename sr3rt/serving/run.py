@@ -33,11 +33,11 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         repository = write_repository(folder / "models", configuration)
-        with Guard(address.host, address.http, Bounds.of(configuration)) as guard:
+        with Guard(address, Bounds.of(configuration)) as guard:
             deaths: list[float] = []
             while not stopping.is_set():
                 with Server(repository, address, arguments=["--log-info=false"]) as server:
-                    guard.triton = server.http
+                    guard.triton = server.ports
                     server.ready(within=START)
                     say(_served(address) if not deaths else "the server is back")
                     why = _watch(server, stopping)

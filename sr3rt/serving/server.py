@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,12 +40,19 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 # where Linux keeps it
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where clients reach the server: by HTTP the guard (guard.py), by the rest Triton itself."""
+    """Where clients reach the server: the guard (guard.py), or for metrics Triton itself."""
 
     host: str = LOOPBACK
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+
+
+class Ports(NamedTuple):
+    """Of Triton's own servers."""
+
+    http: int
+    grpc: int
 
 
 def listening(host: str, port: int, kind: str) -> socket.socket:
@@ -80,7 +88,7 @@ def write_repository(target: Path, configuration: Configuration) -> Path:
 class Server:
     """A tritonserver on a repository. Use it in a `with` statement; it is stopped at the end.
 
-    http: the port of Triton's own HTTP, which only this machine reaches: the guard's clients come by `address`.
+    ports: of Triton's own, which only this machine reaches: clients come by `address`, to the guard.
 
     The server on PATH is taken where there is one, else the one of the `serve` extra, which has Triton's python backend and no other.
     Raises MissingExtra, BackendError, OptionError.
@@ -88,8 +96,8 @@ class Server:
 
     def __init__(self, repository: Path, address: Address, *, arguments: Sequence[str] = ()) -> None:
         self.address = address
-        self.http = _free_port()
-        where = [("http", LOOPBACK, self.http), ("grpc", address.host, address.grpc), ("metrics", address.host, address.metrics)]
+        self.ports = Ports(_free_port(), _free_port())
+        where = [("http", LOOPBACK, self.ports.http), ("grpc", LOOPBACK, self.ports.grpc), ("metrics", address.host, address.metrics)]
         for kind, host, port in where:
             listening(host, port, kind).close()
         listen = [argument for kind, host, port in where for argument in (f"--{kind}-address={host}", f"--{kind}-port={port}")]
@@ -133,7 +141,7 @@ class Server:
         status = self._process.poll()
         if status is not None:
             return f"the server ended with status {status}"
-        return probe(self.http, timeout=timeout)
+        return probe(self.ports.http, timeout=timeout)
 
     def log(self, characters: int) -> str:
         """The end of the server's warnings and errors, and of what the models printed."""

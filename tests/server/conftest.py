@@ -31,7 +31,7 @@ class Triton:
     @property
     def own_url(self) -> str:
         """Triton's own HTTP."""
-        return f"http://127.0.0.1:{self.server.http}"
+        return f"http://127.0.0.1:{self.server.ports.http}"
 
     @property
     def metrics_url(self) -> str:
@@ -51,8 +51,8 @@ def running(folder: Path, *, patience: float) -> Iterator[Triton]:
     repository = write_repository(folder / "models", configuration)
     address = free_address()
     arguments = ["--model-control-mode=explicit", "--load-model=*"]
-    with Guard(address.host, address.http, Bounds.of(configuration)) as guard, Server(repository, address, arguments=arguments) as server:
-        guard.triton = server.http
+    with Guard(address, Bounds.of(configuration)) as guard, Server(repository, address, arguments=arguments) as server:
+        guard.triton = server.ports
         server.ready(within=60)
         yield Triton(server)
         server.stop(patience=patience)

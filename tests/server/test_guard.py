@@ -8,6 +8,8 @@ import http.client
 import importlib
 import json
 import os
+import random
+import re
 import signal
 import socket
 import sys
@@ -19,14 +21,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.http
 from asking import by_http, encoded, events, free_address, inputs, metric, status
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sr3rt.errors import MissingExtra
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.guard import Bounds, Guard
+from sr3rt.serving.server import Ports
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
 INFER = "/v2/models/sr3/infer"
@@ -178,7 +183,7 @@ def test_the_length_of_the_json_is_within_the_body(unharmed: Any, length: str) -
 
 def test_one_client_too_many_is_told_so() -> None:
     address = free_address()
-    with Guard(address.host, address.http, Bounds(body=100, connections=2)):
+    with Guard(address, Bounds(body=100, connections=2)):
         url = f"http://{address.host}:{address.http}"
         kept = [socket.create_connection((address.host, address.http)) for _ in range(2)]
         time.sleep(0.2)
@@ -230,18 +235,117 @@ def test_connections_are_kept_and_many_work_at_a_time(triton: Any) -> None:
         assert all(pool.map(lambda seed: by_http(triton, PICTURE, steps=3, seed=seed), range(20)))
 
 
+# --- gRPC
+
+
+def call(model: str = "sr3", *, shape: tuple[int, ...] = (1, 1, 3), data: bytes = b"abc", kind: str = "UINT8", **output: Any) -> Any:
+    """A ModelInferRequest of one step. output: an output's parameters, whole numbers."""
+    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[data])
+    request.inputs.add(name="pixels", datatype=kind, shape=shape)
+    request.parameters["steps"].int64_param = 1
+    if output:
+        parameters = request.outputs.add(name="info").parameters
+        for name, value in output.items():
+            parameters[name].int64_param = value
+    return request
+
+
+@pytest.fixture
+def stub(triton: Any) -> Iterator[Any]:
+    address = triton.server.address
+    with grpc.insecure_channel(f"{address.host}:{address.grpc}") as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (call(shape=(2**62, 4, 4)), "input 0: its shape claims more values than the .* bytes of the request can hold"),
+        (call(shape=(0, 2**62, 2**62)), "claims more values"),
+        (call(shape=(-1, 1, 3)), "shape must be a list of whole numbers from 0 on"),
+        (call(classification=1), "output 0: classification is for class scores"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_calls_that_triton_does_not_survive_are_refused(triton: Any, stub: Any, request_: Any, words: str, streamed: bool) -> None:
+    with pytest.raises(grpc.RpcError) as told:
+        list(stub.ModelStreamInfer(iter([request_]))) if streamed else stub.ModelInfer(request_)
+    assert told.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert re.search(words, told.value.details())
+    assert stub.ModelInfer(call()).raw_output_contents
+
+
+def test_only_what_clients_need_is_offered_by_grpc(triton: Any, stub: Any) -> None:
+    for refused in (
+        lambda: stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name="sr3")),
+        lambda: stub.SystemSharedMemoryRegister(service_pb2.SystemSharedMemoryRegisterRequest(name="x", key="x", byte_size=1)),
+        lambda: stub.LogSettings(service_pb2.LogSettingsRequest()),
+    ):
+        with pytest.raises(grpc.RpcError) as told:
+            refused()
+        assert told.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert stub.ServerReady(service_pb2.ServerReadyRequest()).ready
+    assert stub.ModelMetadata(service_pb2.ModelMetadataRequest(name="sr3")).name == "sr3"
+
+
+def test_messages_are_bounded(triton: Any, stub: Any) -> None:
+    limit = Bounds.of(Configuration(max_pixels=2**20, max_file_bytes=2**20)).body
+    with pytest.raises(grpc.RpcError) as told:
+        stub.ModelInfer(call(data=bytes(limit)))
+    assert told.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(grpc.RpcError) as told:
+        stub.ModelInfer(call(data=bytes(limit // 2)), compression=grpc.Compression.Gzip)
+    assert told.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_calls_that_nobody_should_send_get_an_error_and_harm_nothing(triton: Any, stub: Any) -> None:
+    pick, codes = random.Random(0), set()
+    for i in range(int(os.environ.get("SR3RT_MUTATIONS", "150"))):
+        shape = tuple(pick.choice([0, 1, 2, 3, -1, 2**20, 2**31, 2**62, 2**63 - 1]) for _ in range(pick.randint(0, 5)))
+        request = call(
+            pick.choice(["sr3", "sr3_stream", "other", ""]),
+            shape=shape,
+            data=pick.randbytes(pick.choice([0, 1, 3, 12, 5000])),
+            kind=pick.choice(["UINT8", "BYTES", "FP32", "INT64", "BOOL", "NONE", ""]),
+            **pick.choice([{}, {"classification": 1}, {"binary_data_size": 2**62}, {"shared_memory_offset": 2**62}]),
+        )
+        if pick.random() < 0.3:
+            mutable = bytearray(request.SerializeToString())
+            for _ in range(pick.randint(1, 5)):
+                mutable[pick.randrange(len(mutable))] = pick.randrange(256)
+            data = bytes(mutable)
+        else:
+            data = request.SerializeToString()
+        address = triton.server.address
+        with grpc.insecure_channel(f"{address.host}:{address.grpc}") as channel:
+            try:
+                if i % 2:
+                    list(channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(iter([data]), timeout=30))
+                else:
+                    channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(data, timeout=30)
+            except grpc.RpcError as error:
+                codes.add(error.code())
+    assert grpc.StatusCode.INVALID_ARGUMENT in codes
+    assert not codes & {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+    assert triton.server.ill(timeout=20) is None
+    assert stub.ModelInfer(call()).raw_output_contents
+
+
 # --- when Triton is not there
 
 
 def test_without_triton_the_answer_is_unavailable() -> None:
     address = free_address()
-    with Guard(address.host, address.http, Bounds(body=100, connections=9)) as guard:
+    with Guard(address, Bounds(body=100, connections=9)) as guard:
         url = f"http://{address.host}:{address.http}"
-        for port in (None, free_address().http):
-            guard.triton = port
+        for ports in (None, Ports(free_address().http, free_address().grpc)):
+            guard.triton = ports
             code, text = status(url + INFER, b'{"inputs": []}')
             assert (code, "try again later" in text) == (503, True)
             assert get(url, "/v2/health/ready")[0] == 503
+            with grpc.insecure_channel(f"{address.host}:{address.grpc}") as channel, pytest.raises(grpc.RpcError) as told:
+                service_pb2_grpc.GRPCInferenceServiceStub(channel).ServerReady(service_pb2.ServerReadyRequest())
+            assert told.value.code() == grpc.StatusCode.UNAVAILABLE
     with pytest.raises(OSError, match="refused"):
         get(url, "/v2")
 
@@ -267,7 +371,7 @@ def test_requests_that_triton_dies_with_are_refused_or_cut(mortal: Any) -> None:
 
 def test_closing_waits_for_nobody_who_is_silent() -> None:
     address = free_address()
-    guard = Guard(address.host, address.http, Bounds(body=100, connections=9))
+    guard = Guard(address, Bounds(body=100, connections=9))
     with socket.create_connection((address.host, address.http)) as silent:
         silent.sendall(b"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         closing = threading.Thread(target=guard.close)

@@ -136,7 +136,7 @@ def test_serve_starts_a_server_restarts_it_when_it_dies_and_stops_it(tmp_path: P
 def test_serve_refuses_a_port_that_is_taken(triton: Any) -> None:
     address = triton.server.address
     with pytest.raises(OptionError, match=r"cannot be listened on \(Address already in use\): choose another http port"):
-        Guard(address.host, address.http, Bounds(body=1, connections=1))
+        Guard(address, Bounds(body=1, connections=1))
     with pytest.raises(OptionError, match=r"cannot be listened on .* choose another grpc port"):
         Server(Path("nowhere"), address)
 

@@ -1,0 +1,129 @@
+"""gRPC in front of Triton's, as guard.py is HTTP: what Triton does not survive is refused, every other call passes as the bytes it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
+
+from sr3rt.errors import MissingExtra, OptionError
+from sr3rt.serving.claims import check_output, check_shape
+from sr3rt.serving.server import LOOPBACK
+
+try:
+    import grpc
+    from google.protobuf.message import DecodeError
+    from tritonclient.grpc import service_pb2
+except ModuleNotFoundError as error:
+    raise MissingExtra("serving", "tritonclient", "cpu,serve") from error
+
+_SERVICE = "/inference.GRPCInferenceService/"
+INFER, STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
+_ASKED = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics")
+OFFERED = {INFER, "/grpc.health.v1.Health/Check", *(_SERVICE + name for name in _ASKED)}
+"""Calls with one answer; of the others only `STREAM` is offered."""
+
+_UNBOUNDED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Its calls belong to one event loop. triton: the port of this machine that Triton's own gRPC listens on; None: UNAVAILABLE."""
+
+    def __init__(self) -> None:
+        self.triton: int | None = None
+        self._channel: tuple[int | None, Any] = (None, None)
+
+    def service(self, call: Any) -> Any:
+        """What answers that call; None: it is not offered."""
+        if call.method == STREAM:
+            return grpc.stream_stream_rpc_method_handler(self._stream)
+        return grpc.unary_unary_rpc_method_handler(partial(self._unary, call.method)) if call.method in OFFERED else None
+
+    async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
+        try:
+            if method == INFER:
+                _check(request)
+            call = (await self._triton(context)).unary_unary(method)
+            return bytes(await call(request, metadata=_metadata(context), timeout=context.time_remaining()))
+        except OptionError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details())
+        raise AssertionError("abort does not return")
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        call = (await self._triton(context)).stream_stream(STREAM)(metadata=_metadata(context), timeout=context.time_remaining())
+        refused: list[str] = []
+
+        async def pass_on() -> None:
+            try:
+                async for request in requests:
+                    _check(request)
+                    await call.write(request)
+                await call.done_writing()
+            except OptionError as error:
+                refused.append(str(error))
+                call.cancel()
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass  # the call has ended, which its answers tell
+
+        passing = asyncio.create_task(pass_on())
+        try:
+            async for answer in call:
+                yield answer
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details())
+        except asyncio.CancelledError:
+            if not refused:
+                raise
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused[0])
+        finally:
+            passing.cancel()
+            call.cancel()
+
+    async def _triton(self, context: Any) -> Any:
+        """A channel to it. Ends the call where it is not there."""
+        port, channel = self._channel
+        if self.triton is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is being started: try again later")
+        if self.triton != port:
+            if channel is not None:
+                await channel.close()
+            channel = grpc.aio.insecure_channel(f"{LOOPBACK}:{self.triton}", options=_UNBOUNDED)
+            self._channel = self.triton, channel
+        return channel
+
+
+async def listen(guard: GrpcGuard, host: str, port: int, *, body: int, connections: int) -> Any:
+    """A server of it that runs; `stop` ends it. body: most bytes of a message. connections: most calls at a time.
+
+    Compression is not taken: a message is bounded as it was sent, and a small one can be huge.
+    """
+    options = [
+        ("grpc.max_receive_message_length", body),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+    ]
+    server = grpc.aio.server(handlers=[guard], options=options, maximum_concurrent_rpcs=connections)
+    server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    await server.start()
+    return server
+
+
+def _check(request: bytes) -> None:
+    """A ModelInferRequest. Raises OptionError."""
+    try:
+        message = service_pb2.ModelInferRequest.FromString(request)
+    except DecodeError as error:
+        raise OptionError(f"the message is no ModelInferRequest: {error}") from None
+    for number, tensor in enumerate(message.inputs):
+        check_shape(list(tensor.shape), f"input {number}", len(request))
+    for number, output in enumerate(message.outputs):
+        check_output(output.parameters, number)
+
+
+def _metadata(context: Any) -> Sequence[tuple[str, str | bytes]]:
+    """The client's own, without what gRPC adds on each way."""
+    return [(key, value) for key, value in context.invocation_metadata() or () if key != "user-agent" and not key.startswith("grpc-")]
