@@ -92,8 +92,12 @@ class Guard:
     def __init__(self, address: Address, bounds: Bounds) -> None:
         self._address, self._bounds, self._grpc = address, bounds, GrpcGuard()
         self.triton = None
-        listening(address.host, address.grpc, "grpc").close()
         self._socket = listening(address.host, address.http, "http")
+        try:
+            listening(address.host, address.grpc, "grpc").close()
+        except OptionError:
+            self._socket.close()
+            raise
         self._closing = asyncio.Event()
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()

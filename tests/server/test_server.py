@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,8 @@ def test_serve_refuses_a_port_that_is_taken(triton: Any) -> None:
     with pytest.raises(OptionError, match=r"cannot be listened on \(Address already in use\): choose another http port"):
         Guard(address, Bounds(body=1, connections=1))
     with pytest.raises(OptionError, match=r"cannot be listened on .* choose another grpc port"):
+        Guard(replace(address, http=free_address().http), Bounds(body=1, connections=1))
+    with pytest.raises(OptionError, match=r"cannot be listened on .* choose another metrics port"):
         Server(Path("nowhere"), address)
 
 
