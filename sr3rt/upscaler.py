@@ -46,20 +46,18 @@ class Result:
     @property
     def provenance(self) -> dict[str, str]:
         """Text fields for the picture's file."""
-        tile = {} if self.tile == "off" else {"sr3rt:tile": str(self.tile)}
-        listed = self.schedule if isinstance(self.schedule, str) else json.dumps(self.schedule)
-        schedule = {} if self.schedule is None else {"sr3rt:schedule": listed}
-        return (
-            tile
-            | schedule
-            | {
-                "sr3rt:bundle": self.bundle,
-                "sr3rt:seed": str(self.seed),
-                "sr3rt:steps": str(self.steps),
-                "sr3rt:sampler": self.sampler,
-                "sr3rt:consistency": self.consistency,
-            }
-        )
+        fields = {
+            "bundle": self.bundle,
+            "seed": str(self.seed),
+            "steps": str(self.steps),
+            "sampler": self.sampler,
+            "consistency": self.consistency,
+        }
+        if self.schedule is not None:
+            fields["schedule"] = self.schedule if isinstance(self.schedule, str) else json.dumps(self.schedule)
+        if self.tile != "off":
+            fields["tile"] = str(self.tile)
+        return {f"sr3rt:{name}": text for name, text in fields.items()}
 
 
 @dataclass(frozen=True, eq=False)
