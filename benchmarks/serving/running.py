@@ -50,7 +50,7 @@ def serving(configuration: Configuration, *, leak: int = 0) -> Iterator[Running]
         for one in sockets:
             one.close()
         address = Address(http=http, grpc=grpc, metrics=metrics)
-        with Server(repository, address) as server:
+        with Server(repository) as server:
             server.ready(within=120)
             # Not in this process, as the load is: they would share Python's lock.
             spawn = multiprocessing.get_context("spawn")

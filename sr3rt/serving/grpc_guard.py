@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from sr3rt.errors import MissingExtra, OptionError
+from sr3rt.errors import MissingExtra, OptionError, Overloaded, SR3Error, Stopped
 from sr3rt.serving.claims import check_output, check_shape
+from sr3rt.serving.gate import Gate
 from sr3rt.serving.server import LOOPBACK
 
 try:
@@ -28,9 +29,13 @@ _UNBOUNDED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 
 
 class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Its calls belong to one event loop. triton: the port of this machine that Triton's own gRPC listens on; None: UNAVAILABLE."""
+    """Its calls belong to one event loop, the gate's.
 
-    def __init__(self) -> None:
+    triton: the port of this machine that Triton's own gRPC listens on; None: UNAVAILABLE.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
         self.triton: int | None = None
         self._channel: tuple[int | None, Any] = (None, None)
 
@@ -41,20 +46,29 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
         return grpc.unary_unary_rpc_method_handler(partial(self._unary, call.method)) if call.method in OFFERED else None
 
     async def _unary(self, method: str, request: bytes, context: Any) -> bytes:
+        place = None
         try:
             if method == INFER:
+                place = self._gate.place(request, probe=b"\n\x05probe")  # a parameter's name, as protobuf writes it
                 _check(request)
-            call = (await self._triton(context)).unary_unary(method)
+            call = (await self._triton()).unary_unary(method)
             return bytes(await call(request, metadata=_metadata(context), timeout=context.time_remaining()))
-        except OptionError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except SR3Error as error:
+            await self._refuse(context, error)
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details())
+        finally:
+            if place is not None:
+                place.release()
         raise AssertionError("abort does not return")
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        call = (await self._triton(context)).stream_stream(STREAM)(metadata=_metadata(context), timeout=context.time_remaining())
-        refused: list[str] = []
+        try:
+            channel = await self._triton()
+        except Stopped as error:
+            await self._refuse(context, error)
+        call = channel.stream_stream(STREAM)(metadata=_metadata(context), timeout=context.time_remaining())
+        refused: list[OptionError] = []
 
         async def pass_on() -> None:
             try:
@@ -63,7 +77,7 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
                     await call.write(request)
                 await call.done_writing()
             except OptionError as error:
-                refused.append(str(error))
+                refused.append(error)
                 call.cancel()
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 pass  # the call has ended, which its answers tell
@@ -77,16 +91,21 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
         except asyncio.CancelledError:
             if not refused:
                 raise
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused[0])
+            await self._refuse(context, refused[0])
         finally:
             passing.cancel()
             call.cancel()
 
-    async def _triton(self, context: Any) -> Any:
-        """A channel to it. Ends the call where it is not there."""
+    async def _refuse(self, context: Any, error: SR3Error) -> None:
+        self._gate.refused(error)
+        code = grpc.StatusCode.UNAVAILABLE if isinstance(error, Overloaded | Stopped) else grpc.StatusCode.INVALID_ARGUMENT
+        await context.abort(code, str(error))
+
+    async def _triton(self) -> Any:
+        """A channel to it. Raises Stopped."""
         port, channel = self._channel
         if self.triton is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is being started: try again later")
+            raise Stopped("the server is being started: try again later")
         if self.triton != port:
             if channel is not None:
                 await channel.close()

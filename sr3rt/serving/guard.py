@@ -3,23 +3,30 @@
 Requests are read whole, within a bound, checked (claims.py) and passed on in one piece; answers pass as they come, event by event. It is a
 thread of the process that watches Triton, which has nothing else to do: it outlives Triton, so clients are told 503 while that is started
 again, and it needs no watching of its own.
+
+Triton's metrics pass here too, with what was refused here (gate.py) added.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
 import resource
+import socket
 import threading
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from sr3rt.bundle import Bundle
-from sr3rt.errors import ImageTooLarge, MissingExtra, OptionError
+from sr3rt.errors import ImageTooLarge, MissingExtra, OptionError, Overloaded, SR3Error, Stopped
+from sr3rt.serving.admission import Place
 from sr3rt.serving.claims import check_infer, check_json
 from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.gate import Gate
 from sr3rt.serving.grpc_guard import GrpcGuard, listen
 from sr3rt.serving.server import LOOPBACK, Address, Ports, listening
 from sr3rt.upscaler import SHIPPED
@@ -40,7 +47,10 @@ OFFERED = {
 HEAD = "Inference-Header-Content-Length"  # Triton's: bytes of JSON before the tensors' own
 OVERHEAD = 2**16  # bytes of a body beside the picture
 IDLE = 1.0  # seconds that a connection to Triton is kept: Triton, told to stop, waits for those too
+AWAY = "the server is being started, or went away with this request: try again later"
 SPARE = 100  # files that the process that watches Triton keeps for itself
+SCRAPES = 10  # connections to the metrics; however many clients there are
+_STATUS = ((ImageTooLarge, 413), (OptionError, 400), (Overloaded, 503), (Stopped, 503))
 
 # Between two ends of one connection, or said anew of the body that is passed on.
 _NOT_PASSED = (
@@ -66,10 +76,11 @@ _quiet.setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """body: most bytes of a request's, unpacked. connections: most clients at a time; of gRPC, most calls."""
+    """body: most bytes of a request's, unpacked. connections: most clients at a time; of gRPC, most calls. requests: `Gate`'s."""
 
     body: int
     connections: int
+    requests: int
 
     @classmethod
     def of(cls, configuration: Configuration) -> Bounds:
@@ -80,24 +91,25 @@ class Bounds:
         scale = Bundle.open(configuration.bundle or SHIPPED).manifest.scale
         picture = max(configuration.max_file_bytes, 4 * configuration.max_pixels // scale**2)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return cls(body=5 * picture + OVERHEAD, connections=max(1, (files - SPARE) // 2))
+        connections = max(1, (files - SPARE) // 2)
+        return cls(body=5 * picture + OVERHEAD, connections=connections, requests=configuration.max_requests)
 
 
 class Guard:
     """Listens from the first on. Use it in a `with` statement. Raises OptionError where another process listens.
 
-    triton: the ports of this machine that Triton's own HTTP and gRPC listen on; None or not there: clients are told 503 or UNAVAILABLE.
+    triton: the ports of this machine that Triton itself listens on; None or not there: clients are told 503 or UNAVAILABLE.
     """
 
     def __init__(self, address: Address, bounds: Bounds) -> None:
-        self._address, self._bounds, self._grpc = address, bounds, GrpcGuard()
+        self._address, self._bounds, self._gate = address, bounds, Gate(bounds.requests)
+        self._grpc = GrpcGuard(self._gate)
         self.triton = None
-        self._socket = listening(address.host, address.http, "http")
-        try:
+        with contextlib.ExitStack() as opened:
+            self._http = opened.enter_context(listening(address.host, address.http, "http"))
+            self._metrics = opened.enter_context(listening(address.host, address.metrics, "metrics"))
             listening(address.host, address.grpc, "grpc").close()
-        except OptionError:
-            self._socket.close()
-            raise
+            opened.pop_all()
         self._closing = asyncio.Event()
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
@@ -130,47 +142,58 @@ class Guard:
             self._runner.run(self._serve())
 
     async def _serve(self) -> None:
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", self._answer)
-        runner = web.AppRunner(
-            application, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True, shutdown_timeout=5
-        )
-        await runner.setup()
-        server = runner.server
-        assert server is not None
-
-        def connected() -> asyncio.BaseProtocol:
-            return _Full() if len(server.connections) >= self._bounds.connections else server()
-
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=_NOT_ADDED
         ) as self._session:
-            listener = await self._loop.create_server(connected, sock=self._socket)
-            calls = await listen(self._grpc, self._address.host, self._address.grpc, **asdict(self._bounds))
+            stops = [
+                await _listen(self._http, self._answer, connections=self._bounds.connections),
+                await _listen(self._metrics, self._measured, connections=SCRAPES),
+            ]
+            calls = await listen(
+                self._grpc, self._address.host, self._address.grpc, body=self._bounds.body, connections=self._bounds.connections
+            )
             await self._closing.wait()
-            listener.close()
-            await asyncio.gather(calls.stop(5), runner.cleanup())
+            await asyncio.gather(calls.stop(5), *(stop() for stop in stops))
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
         offered = OFFERED.get(request.method)
         if offered is None or not offered.fullmatch(path):
             return _refusal(404, f"{request.method} {path[:100]} is not offered: docs/serving.md says what is")
+        place: Place | None = None
         try:
-            body = await self._body(request)
-            head = _checked(path, body, request.headers.get(HEAD)) if request.method == "POST" else None
-            return await self._passed_on(request, path, body, head)
-        except ImageTooLarge as error:
-            return _refusal(413, str(error))
-        except OptionError as error:
-            return _refusal(400, str(error))
+            body, head = await self._body(request), None
+            if request.method == "POST":
+                if not path.endswith("_stream"):
+                    place = self._gate.place(body, probe=b'"probe"')
+                head = _checked(path, body, request.headers.get(HEAD))
+            return await self._passed_on(request, path, body, head, place)
+        except SR3Error as error:
+            self._gate.refused(error)
+            return _refusal(next(status for kind, status in _STATUS if isinstance(error, kind)), str(error))
         except Exception:  # a mistake of ours
             log.exception("the guard failed")
             raise
+        finally:
+            if place is not None:
+                place.release()
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _measured(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Triton's metrics and the gate's."""
+        if (request.method, request.raw_path) != ("GET", "/metrics"):
+            return _refusal(404, "only GET /metrics is offered here")
+        if self.triton is None:
+            return _refusal(503, AWAY)
+        try:
+            async with self._session.get(f"http://{LOOPBACK}:{self.triton.metrics}/metrics") as answer:
+                text = await answer.text()
+        except aiohttp.ClientError:
+            return _refusal(503, AWAY)
+        return web.Response(status=answer.status, text=text + self._gate.metrics(), content_type=answer.content_type)
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
         """All of it, unpacked. Raises ImageTooLarge as soon as that is known, OptionError."""
         limit = self._bounds.body
         if (request.content_length or 0) > limit:
@@ -185,7 +208,10 @@ class Guard:
             raise OptionError(f"the body is not what its headers say: {error}") from None
         return _unpacked(bytes(body), request.headers.get("Content-Encoding", "identity"), limit)
 
-    async def _passed_on(self, request: web.Request, path: str, body: bytes, head: int | None) -> web.StreamResponse:
+    async def _passed_on(
+        self, request: web.BaseRequest, path: str, body: bytes, head: int | None, place: Place | None
+    ) -> web.StreamResponse:
+        """Raises Stopped."""
         headers = request.headers.copy()
         for name in _NOT_PASSED:
             headers.popall(name, None)
@@ -197,6 +223,8 @@ class Guard:
                 raise aiohttp.ClientError
             url = f"http://{LOOPBACK}:{self.triton.http}{path}"
             async with self._session.request(request.method, url, headers=headers, data=body or None) as answer:
+                if place is not None:
+                    place.release()  # the work is done; the client may be slow
                 response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=answer.headers)
                 for name in _NOT_RETURNED:
                     response.headers.popall(name, None)
@@ -207,10 +235,30 @@ class Guard:
                 return response
         except aiohttp.ClientError:
             if response is None:
-                return _refusal(503, "the server is being started, or went away with this request: try again later")
+                raise Stopped(AWAY) from None
             if request.transport is not None:
                 request.transport.abort()  # half an answer must not look whole
             return response
+
+
+async def _listen(
+    where: socket.socket, answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], *, connections: int
+) -> Callable[[], Awaitable[None]]:
+    """A server on that socket; what is returned ends it."""
+    server = web.Server(answer, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True)
+    runner = web.ServerRunner(server, shutdown_timeout=5)
+    await runner.setup()
+
+    def connected() -> asyncio.BaseProtocol:
+        return _Full() if len(server.connections) >= connections else server()
+
+    listener = await asyncio.get_running_loop().create_server(connected, sock=where)
+
+    async def stop() -> None:
+        listener.close()
+        await runner.cleanup()
+
+    return stop
 
 
 class _Full(asyncio.Protocol):

@@ -36,7 +36,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
         with Guard(address, Bounds.of(configuration)) as guard:
             deaths: list[float] = []
             while not stopping.is_set():
-                with Server(repository, address, arguments=["--log-info=false"]) as server:
+                with Server(repository, arguments=["--log-info=false"]) as server:
                     guard.triton = server.ports
                     server.ready(within=START)
                     say(_served(address) if not deaths else "the server is back")

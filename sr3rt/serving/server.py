@@ -40,7 +40,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 # where Linux keeps it
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where clients reach the server: the guard (guard.py), or for metrics Triton itself."""
+    """Where clients reach the guard (guard.py)."""
 
     host: str = LOOPBACK
     http: int = 8000
@@ -53,6 +53,7 @@ class Ports(NamedTuple):
 
     http: int
     grpc: int
+    metrics: int
 
 
 def listening(host: str, port: int, kind: str) -> socket.socket:
@@ -88,19 +89,16 @@ def write_repository(target: Path, configuration: Configuration) -> Path:
 class Server:
     """A tritonserver on a repository. Use it in a `with` statement; it is stopped at the end.
 
-    ports: of Triton's own, which only this machine reaches: clients come by `address`, to the guard.
+    ports: of Triton's own, which only this machine reaches: clients come to the guard.
 
     The server on PATH is taken where there is one, else the one of the `serve` extra, which has Triton's python backend and no other.
-    Raises MissingExtra, BackendError, OptionError.
+    Raises MissingExtra, BackendError.
     """
 
-    def __init__(self, repository: Path, address: Address, *, arguments: Sequence[str] = ()) -> None:
-        self.address = address
-        self.ports = Ports(_free_port(), _free_port())
-        where = [("http", LOOPBACK, self.ports.http), ("grpc", LOOPBACK, self.ports.grpc), ("metrics", address.host, address.metrics)]
-        for kind, host, port in where:
-            listening(host, port, kind).close()
-        listen = [argument for kind, host, port in where for argument in (f"--{kind}-address={host}", f"--{kind}-port={port}")]
+    def __init__(self, repository: Path, *, arguments: Sequence[str] = ()) -> None:
+        self.ports = Ports(*_free_ports(3))
+        ports = self.ports._asdict().items()
+        listen = [argument for kind, port in ports for argument in (f"--{kind}-address={LOOPBACK}", f"--{kind}-port={port}")]
         self._folder = Path(tempfile.mkdtemp(prefix="sr3rt-serve-"))
         try:
             command, environment = _installed(self._folder)
@@ -181,9 +179,9 @@ def probe(port: int, *, timeout: float) -> str | None:
     return None if response.status == 200 else f"HTTP {response.status}: {text}"
 
 
-def _free_port() -> int:
-    with socket.create_server((LOOPBACK, 0)) as one:
-        return int(one.getsockname()[1])
+def _free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as opened:
+        return [opened.enter_context(socket.create_server((LOOPBACK, 0))).getsockname()[1] for _ in range(number)]
 
 
 def _installed(folder: Path) -> tuple[list[str], dict[str, str]]:

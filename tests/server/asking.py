@@ -7,6 +7,7 @@ import io
 import json
 import queue
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -147,6 +148,13 @@ def metric(triton: Any, name: str) -> float:
     with urllib.request.urlopen(triton.metrics_url, timeout=10) as reply:  # noqa: S310
         lines = [line.decode() for line in reply]
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def eventually(condition: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
 
 
 def _file(image: Given) -> bytes:

@@ -14,7 +14,7 @@ from asking import free_address
 
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.guard import Bounds, Guard
-from sr3rt.serving.server import Server, write_repository
+from sr3rt.serving.server import Address, Server, write_repository
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Triton:
     """A server, and clients of it."""
 
     server: Server
+    address: Address
 
     @property
     def url(self) -> str:
         """The guard's, which users have."""
-        return f"http://{self.server.address.host}:{self.server.address.http}"
+        return f"http://{self.address.host}:{self.address.http}"
 
     @property
     def own_url(self) -> str:
@@ -35,14 +36,14 @@ class Triton:
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{self.server.address.host}:{self.server.address.metrics}/metrics"
+        return f"http://{self.address.host}:{self.address.metrics}/metrics"
 
     def http(self) -> tritonclient.http.InferenceServerClient:
         """A new one: they are not thread-safe."""
         return tritonclient.http.InferenceServerClient(self.url.removeprefix("http://"), network_timeout=60, connection_timeout=60)
 
     def grpc(self) -> tritonclient.grpc.InferenceServerClient:
-        return tritonclient.grpc.InferenceServerClient(f"{self.server.address.host}:{self.server.address.grpc}")
+        return tritonclient.grpc.InferenceServerClient(f"{self.address.host}:{self.address.grpc}")
 
 
 @contextmanager
@@ -51,10 +52,10 @@ def running(folder: Path, *, patience: float) -> Iterator[Triton]:
     repository = write_repository(folder / "models", configuration)
     address = free_address()
     arguments = ["--model-control-mode=explicit", "--load-model=*"]
-    with Guard(address, Bounds.of(configuration)) as guard, Server(repository, address, arguments=arguments) as server:
+    with Guard(address, Bounds.of(configuration)) as guard, Server(repository, arguments=arguments) as server:
         guard.triton = server.ports
         server.ready(within=60)
-        yield Triton(server)
+        yield Triton(server, address)
         server.stop(patience=patience)
 
 

@@ -183,7 +183,7 @@ def test_the_length_of_the_json_is_within_the_body(unharmed: Any, length: str) -
 
 def test_one_client_too_many_is_told_so() -> None:
     address = free_address()
-    with Guard(address, Bounds(body=100, connections=2)):
+    with Guard(address, Bounds(body=100, connections=2, requests=1)):
         url = f"http://{address.host}:{address.http}"
         kept = [socket.create_connection((address.host, address.http)) for _ in range(2)]
         time.sleep(0.2)
@@ -252,7 +252,7 @@ def call(model: str = "sr3", *, shape: tuple[int, ...] = (1, 1, 3), data: bytes 
 
 @pytest.fixture
 def stub(triton: Any) -> Iterator[Any]:
-    address = triton.server.address
+    address = triton.address
     with grpc.insecure_channel(f"{address.host}:{address.grpc}") as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
@@ -316,7 +316,7 @@ def test_calls_that_nobody_should_send_get_an_error_and_harm_nothing(triton: Any
             data = bytes(mutable)
         else:
             data = request.SerializeToString()
-        address = triton.server.address
+        address = triton.address
         with grpc.insecure_channel(f"{address.host}:{address.grpc}") as channel:
             try:
                 if i % 2:
@@ -336,9 +336,9 @@ def test_calls_that_nobody_should_send_get_an_error_and_harm_nothing(triton: Any
 
 def test_without_triton_the_answer_is_unavailable() -> None:
     address = free_address()
-    with Guard(address, Bounds(body=100, connections=9)) as guard:
+    with Guard(address, Bounds(body=100, connections=9, requests=1)) as guard:
         url = f"http://{address.host}:{address.http}"
-        for ports in (None, Ports(free_address().http, free_address().grpc)):
+        for ports in (None, Ports(free_address().http, free_address().grpc, free_address().metrics)):
             guard.triton = ports
             code, text = status(url + INFER, b'{"inputs": []}')
             assert (code, "try again later" in text) == (503, True)
@@ -371,7 +371,7 @@ def test_requests_that_triton_dies_with_are_refused_or_cut(mortal: Any) -> None:
 
 def test_closing_waits_for_nobody_who_is_silent() -> None:
     address = free_address()
-    guard = Guard(address, Bounds(body=100, connections=9))
+    guard = Guard(address, Bounds(body=100, connections=9, requests=1))
     with socket.create_connection((address.host, address.http)) as silent:
         silent.sendall(b"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         closing = threading.Thread(target=guard.close)

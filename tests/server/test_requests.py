@@ -9,26 +9,21 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from asking import WAYS, by_generate, by_grpc, by_http, encoded, events, inputs, metric, post, status, stream
+from asking import WAYS, by_generate, by_grpc, by_http, encoded, events, eventually, inputs, metric, post, status, stream
 from tritonclient.utils import InferenceServerException
 
 import sr3rt
 from sr3rt import backends
+from sr3rt.serving.server import Address
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
-
-
-def eventually(condition: Any, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def differs(found: Any, expected: Any) -> int:
@@ -141,21 +136,21 @@ def test_a_malformed_body_is_refused_and_the_server_lives(triton: Any, body: byt
     assert triton.server.ill(timeout=20) is None
 
 
-def rejected(triton: Any) -> float:
-    return sum(metric(triton, f'sr3rt_requests_total{{model="{model}",outcome="rejected"') for model in ("sr3", "sr3_stream"))
-
-
-def test_over_the_limit_the_answer_is_unavailable_at_once_and_the_others_are_served(triton: Any) -> None:
-    before = rejected(triton)
-
+@pytest.mark.parametrize(
+    ("guarded", "counted"),
+    [(True, 'sr3rt_guard_refused_total{reason="full"'), (False, 'sr3rt_requests_total{model="sr3",outcome="rejected"')],
+)
+def test_over_the_limit_the_answer_is_unavailable_at_once_and_the_others_are_served(triton: Any, guarded: bool, counted: str) -> None:
+    before = metric(triton, counted)
+    server = triton if guarded else replace(triton, address=Address(http=triton.server.ports.http))
     with ThreadPoolExecutor(40) as pool:
-        asked = [pool.submit(by_http, triton, PICTURE, steps=20, seed=i) for i in range(40)]
+        asked = [pool.submit(by_http, server, PICTURE, steps=20, seed=i) for i in range(40)]
     refused = [error for one in asked if (error := one.exception())]
     assert {(error.status(), error.message()) for error in refused} == {  # type: ignore[attr-defined]
         ("503", "24 requests are unfinished, the limit is 24: try again later")
     }
     assert len(refused) <= 16
-    eventually(lambda: rejected(triton) == before + len(refused))
+    eventually(lambda: metric(triton, counted) == before + len(refused))
 
 
 def test_a_deadline_is_kept_whether_ours_or_tritons(triton: Any) -> None:

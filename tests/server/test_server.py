@@ -86,7 +86,7 @@ def test_bodies_that_nobody_should_send_get_an_error_and_harm_nothing(triton: An
 @pytest.mark.parametrize("protocol", ["stream", "grpc", "http"])
 def test_the_example_client_upscales(triton: Any, tmp_path: Path, protocol: str) -> None:
     (tmp_path / "in.png").write_bytes(encoded(PICTURE))
-    address = triton.server.address
+    address = triton.address
     port = address.http if protocol == "http" else address.grpc
     options = ["--protocol", protocol, "--server", f"127.0.0.1:{port}", "--steps", "4", "--seed", "5", "--previews", "1"]
     done = subprocess.run(
@@ -134,14 +134,11 @@ def test_serve_starts_a_server_restarts_it_when_it_dies_and_stops_it(tmp_path: P
     assert list(tmp_path.iterdir()) == [tmp_path / "log"]
 
 
-def test_serve_refuses_a_port_that_is_taken(triton: Any) -> None:
-    address = triton.server.address
-    with pytest.raises(OptionError, match=r"cannot be listened on \(Address already in use\): choose another http port"):
-        Guard(address, Bounds(body=1, connections=1))
-    with pytest.raises(OptionError, match=r"cannot be listened on .* choose another grpc port"):
-        Guard(replace(address, http=free_address().http), Bounds(body=1, connections=1))
-    with pytest.raises(OptionError, match=r"cannot be listened on .* choose another metrics port"):
-        Server(Path("nowhere"), address)
+@pytest.mark.parametrize("kind", ["http", "grpc", "metrics"])
+def test_serve_refuses_a_port_that_is_taken(triton: Any, kind: str) -> None:
+    address = replace(free_address(), **{kind: getattr(triton.address, kind)})
+    with pytest.raises(OptionError, match=rf"cannot be listened on \(Address already in use\): choose another {kind} port"):
+        Guard(address, Bounds(body=1, connections=1, requests=1))
 
 
 def test_a_repository_names_what_differs_from_the_default(tmp_path: Path) -> None:
@@ -166,7 +163,7 @@ def test_a_repository_names_what_differs_from_the_default(tmp_path: Path) -> Non
 )
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, configuration: Configuration, message: str) -> None:
     repository = write_repository(tmp_path / "models", configuration)
-    with Server(repository, free_address()) as server, pytest.raises(BackendError, match=message):
+    with Server(repository) as server, pytest.raises(BackendError, match=message):
         server.ready(within=60)
 
 
