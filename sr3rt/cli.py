@@ -40,6 +40,7 @@ def upscale(
     precision: str = "auto",
     device: str = "auto",
     threads: int = 0,
+    rerun: bool = False,
     overwrite: bool = False,
     compare: bool = False,
     provenance: bool = True,
@@ -74,6 +75,8 @@ def upscale(
         auto, cpu, cuda, or cuda:1 for the second GPU.
     threads
         0: one for each core that this process may use.
+    rerun
+        Do again in fp32 what overflows in fp16, and say so; it is an error otherwise.
     overwrite
         Replace outputs that exist; they are skipped otherwise.
     compare
@@ -91,7 +94,7 @@ def upscale(
         errors.print(f"{len(work) - len(todo)} of {len(work)} outputs exist and are skipped (--overwrite replaces them)")
     if not todo:
         return 0
-    upscaler = load(model, backend=backend, precision=precision, device=device, threads=threads)
+    upscaler = load(model, backend=backend, precision=precision, device=device, threads=threads, rerun=rerun)
     failed = 0
     with _bar(len(todo)) as start:
         for source, target in todo:

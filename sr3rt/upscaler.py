@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, Unpack, get_args, overload
@@ -19,7 +20,7 @@ from sr3rt.backends import Floats, Network, Planned, Request, Sized
 from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
 from sr3rt.engine import Engines, Job, Noise, Stepper
-from sr3rt.errors import Cancelled, ImageTooLarge, OptionError
+from sr3rt.errors import Cancelled, ImageTooLarge, NonFiniteError, OptionError
 from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
 from sr3rt.options import OnStep, Options, Tile, gammas, seeds, whole
 from sr3rt.samplers import Sampler, Table, table
@@ -89,13 +90,26 @@ class Task:
 class Upscaler:
     """A bundle on a backend. Immutable and thread-safe: calls share the network and nothing else."""
 
-    def __init__(self, bundle: Bundle, network: Network, *, threads: int, batch: int = 8, limits: Limits | None = None) -> None:
-        """`load` makes one. threads: for the update between network calls. batch: most pictures in one network call."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        network: Network,
+        *,
+        threads: int,
+        batch: int = 8,
+        limits: Limits | None = None,
+        exact: Callable[[], Upscaler] | None = None,
+    ) -> None:
+        """`load` makes one. threads: for the update between network calls. batch: most pictures in one network call.
+
+        exact: makes another, which does again what overflows in this one.
+        """
         if batch < 1:
             raise OptionError(f"batch must be at least 1, found {batch}")
         self.bundle, self.network = bundle, network
         self.threads, self.limits, self._batch = threads, limits or Limits(), batch
         self._engines = Engines(network, threads=threads)
+        self._exact = exact and cache(exact)
 
     @overload
     def upscale(self, image: Sequence[ImageLike], **options: Unpack[Options]) -> list[Any]: ...
@@ -137,10 +151,25 @@ class Upscaler:
         plan = self.plan(steps=steps, sampler=sampler, schedule=schedule, consistency=consistency)
         single = not isinstance(image, (list, tuple))
         images: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
-        tasks = [
-            self.task(item, plan, seed=one, noise=noise, tile=tile) for item, one in zip(images, seeds(seed, len(images)), strict=True)
-        ]
-        results = self._refine(tasks, on_step, single=single)
+        drawn = seeds(seed, len(images))
+        tasks = [self.task(item, plan, seed=one, noise=noise, tile=tile) for item, one in zip(images, drawn, strict=True)]
+        try:
+            results = self._refine(tasks, on_step, single=single)
+        except NonFiniteError as error:
+            if self._exact is None:
+                raise
+            warnings.warn(f"{error}. All of it is done again in fp32", RuntimeWarning, stacklevel=2)
+            return self._exact().run(
+                image,
+                steps=steps,
+                sampler=sampler,
+                schedule=schedule,
+                seed=drawn[0] if single else drawn,
+                consistency=consistency,
+                tile=tile,
+                on_step=on_step,
+                noise=noise,
+            )
         return [self.result(task, results[task]) for task in tasks]
 
     def plan(
@@ -318,6 +347,7 @@ def load(
     threads: int = 0,
     batch: int = 8,
     limits: Limits | None = None,
+    rerun: bool = False,
 ) -> Upscaler:
     """Open a bundle (None: the one that ships) on a backend.
 
@@ -325,19 +355,26 @@ def load(
     GPU, without engines; needs PyTorch, so "auto" takes it only for device="cuda"). precision: "auto", "fp32", "fp16" (of a GPU;
     onnxruntime's is slow) or "bf16" (torch's). device: "auto", "cpu", "cuda" or "cuda:1", the second GPU.
     threads: 0, one for each core that this process may use. batch: most pictures in one network call. limits: of the pictures taken
-    (`sr3rt.images.Limits`).
+    (`sr3rt.images.Limits`). rerun: where a step overflows in less than fp32, do it all again in fp32, with a RuntimeWarning; else, and in
+    fp32, that is a NonFiniteError.
 
     Raises BundleNotFound, BundleCorrupt, BundleIncompatible, EngineRefused, OptionError, BackendError, MissingExtra.
     """
     bundle = Bundle.open(SHIPPED if model is None else model)
     request = Request(backend, precision, device, threads)
-    return Upscaler(bundle, backends.load(bundle, request), threads=request.thread_count, batch=batch, limits=limits)
+    network = backends.load(bundle, request)
+
+    def exact() -> Upscaler:
+        return load(model, precision="fp32", device=network.device, threads=threads, batch=batch, limits=limits)
+
+    again = exact if rerun and network.precision != "fp32" else None
+    return Upscaler(bundle, network, threads=request.thread_count, batch=batch, limits=limits, exact=again)
 
 
 @lru_cache(maxsize=2)
-def _loaded(model: Path, manifest: str, request: Request) -> Upscaler:
+def _loaded(model: Path, manifest: str, request: Request, rerun: bool) -> Upscaler:
     """`manifest`, the digest, makes a bundle that was replaced a different one."""
-    return load(model, backend=request.backend, precision=request.precision, device=request.device)
+    return load(model, backend=request.backend, precision=request.precision, device=request.device, rerun=rerun)
 
 
 _LOADING = Lock()  # or each of the threads that come first would load the model
@@ -350,11 +387,12 @@ def upscale(
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
+    rerun: bool = False,
     **options: Unpack[Options],
 ) -> Any:
     """`load(model, …).upscale(image, …)` in one call; the two most recently used models stay loaded. Options: `Upscaler.run`."""
     path = (SHIPPED if model is None else Path(model)).absolute()
     request = Request(backend, precision, device)
     with _LOADING:
-        up = _loaded(path, Bundle.open(path).sha256, request)
+        up = _loaded(path, Bundle.open(path).sha256, request, rerun)
     return up.upscale(image, **options)

@@ -17,10 +17,11 @@ from cuda_on_host import Cuda
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")
 
+import sr3rt  # noqa: E402
 from sr3rt.backends import Request, cuda, load, tensorrt  # noqa: E402
 from sr3rt.bundle import Bundle, write_manifest  # noqa: E402
 from sr3rt.engines import EngineKey  # noqa: E402
-from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, OptionError, ParityError  # noqa: E402
+from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, NonFiniteError, OptionError, ParityError  # noqa: E402
 from sr3rt.export import builder  # noqa: E402
 from sr3rt.export import to_trt as script  # noqa: E402
 from sr3rt.export.precision import half  # noqa: E402
@@ -173,6 +174,25 @@ def test_onnxruntime_runs_the_float16_network_when_asked(bundle: Path, instant: 
     network = load(Bundle.open(bundle), Request(precision="fp16"))
     assert network.precision == "fp16"
     assert load(Bundle.open(bundle), Request()).precision == "fp32"
+
+
+def test_what_overflows_in_float16_is_an_error_or_done_again_in_float32(bundle: Path, instant: list[dict[str, Any]]) -> None:
+    to_trt(bundle, size="32")
+    model = onnx.load(bundle / "network.fp16.onnx")
+    weights = {item.name: item for item in model.graph.initializer}
+    largest = weights[next(node.input[1] for node in model.graph.node if node.op_type == "Conv")]
+    largest.CopyFrom(onnx.numpy_helper.from_array(np.full(largest.dims, 6e4, np.float16), largest.name))
+    onnx.save(model, bundle / "network.fp16.onnx")
+    write_manifest(bundle, Bundle.open(bundle).manifest)
+    picture, options = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), {"steps": 3, "seed": 5}
+    with pytest.raises(NonFiniteError, match="step 1 of 3 produced NaN or infinity on backend onnxruntime in fp16"):
+        sr3rt.load(bundle, precision="fp16").upscale(picture, **options)
+    allowed = sr3rt.load(bundle, precision="fp16", rerun=True)
+    expected = sr3rt.upscale(picture, model=bundle, **options)
+    for images in (picture, [picture, picture[:4]]):
+        with pytest.warns(RuntimeWarning, match=r"step 1 of 3 .* in fp16: .* All of it is done again in fp32"):
+            found = allowed.upscale(images, **options)
+        assert np.array_equal(found[0] if isinstance(images, list) else found, expected)
 
 
 # --- what is refused
