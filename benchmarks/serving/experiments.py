@@ -82,7 +82,7 @@ def overload(*, seconds: float = 120, times: float = 10, side: int = 32, leak: i
         start = time.perf_counter()
 
         def watch() -> None:
-            while not stop.wait(2):
+            while not stop.wait(5):
                 memory.append((time.perf_counter() - start, load.held(*server.pids)))
 
         async def drive() -> tuple[list[Answer], float]:

@@ -45,43 +45,83 @@ class Ask:
         return f"POST /v2/models/sr3/infer HTTP/1.1\r\nHost: triton\r\n{lengths}\r\n\r\n".encode() + head + data
 
 
+class _Connection(asyncio.Protocol):
+    """One request at a time. HTTP by hand: the load must not be a load."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._answer: asyncio.Future[bytes] | None = None
+
+    def ask(self, request: bytes) -> asyncio.Future[bytes]:
+        """The whole answer, head and body; ConnectionError."""
+        self._received, self._whole = bytearray(), 0
+        self._answer = asyncio.get_running_loop().create_future()
+        if self._transport.is_closing():
+            self.connection_lost(None)
+        else:
+            self._transport.write(request)
+        return self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if not self._whole and (end := self._received.find(b"\r\n\r\n")) > 0:
+            self._whole = end + 4 + int(_field(bytes(self._received[: end + 2]), b"content-length"))
+        if self._whole and len(self._received) >= self._whole and self._answer and not self._answer.done():
+            self._answer.set_result(bytes(self._received))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(error or ConnectionResetError("closed before the whole answer was there"))
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def _field(head: bytes, name: bytes) -> bytes:
+    begin = head.lower().index(b"\r\n" + name + b": ") + len(name) + 4
+    return head[begin : head.index(b"\r\n", begin)]
+
+
 class Client:
-    """Asks one server, over as many kept connections as there are requests at a time. HTTP by hand: the load must not be a load."""
+    """Asks one server, over as many kept connections as there are requests at a time."""
 
     def __init__(self, url: str) -> None:
         host, port = url.removeprefix("http://").split(":")
         self._host, self._port = host, int(port)
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[_Connection] = []
 
     async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for _reader, writer in self._idle:
-            writer.close()
+        for connection in self._idle:
+            connection.close()
 
-    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connection(self) -> _Connection:
         if self._idle:
             return self._idle.pop()
-        return await asyncio.open_connection(self._host, self._port, limit=2**24)
+        _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port)
+        return connection
 
     async def ask(self, ask: Ask, *, since: float = 0.0, keep: bool = False) -> Answer:
         """Send and wait. keep: with the result's pixels."""
         start = time.perf_counter()
         try:
-            reader, writer = await self._connection()
-            writer.write(ask.request)
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            fields = dict(line.lower().split(": ", 1) for line in head.splitlines()[1:] if line)
-            data = await reader.readexactly(int(fields["content-length"]))
-        except (OSError, asyncio.IncompleteReadError) as error:
+            connection = await self._connection()
+            whole = await connection.ask(ask.request)
+        except OSError as error:
             return Answer(0, start - since, time.perf_counter() - start, None, repr(error))
         seconds = time.perf_counter() - start
-        self._idle.append((reader, writer))
-        status = int(head.split(" ", 2)[1])
+        self._idle.append(connection)
+        status = int(whole[9:12])
+        if status == 200 and not keep:
+            return Answer(status, start - since, seconds)
+        head, _, data = whole.partition(b"\r\n\r\n")
         if status != 200:
             return Answer(status, start - since, seconds, None, data.decode(errors="replace"))
-        return Answer(status, start - since, seconds, _pixels(data, int(fields["inference-header-content-length"])) if keep else None)
+        pixels = _pixels(data, int(_field(head + b"\r\n", b"inference-header-content-length")))
+        return Answer(status, start - since, seconds, pixels)
 
 
 def _pixels(data: bytes, head: int) -> Pixels:
