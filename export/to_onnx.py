@@ -24,7 +24,8 @@ except ModuleNotFoundError:
 from cyclopts import App, Parameter
 from torch import nn
 
-from sr3rt import __version__, backends, safetensors
+from sr3rt import __version__, _native, backends, safetensors
+from sr3rt.backends import native
 from sr3rt.backends.torch import TorchNetwork
 from sr3rt.bundle import (
     NETWORK,
@@ -44,6 +45,9 @@ from sr3rt.export import footprint, parity, program
 from sr3rt.export.progress import progress_line
 from sr3rt.samplers import Sampler
 from sr3rt.schedule import ScheduleSpec
+
+BF16 = parity.Limits(net=2e-2, picture=4 / 255)
+"""What bfloat16 may differ by for the runtime to take it without being asked: two levels of 255 in a picture at most."""
 
 
 def export(
@@ -108,12 +112,20 @@ def export(
 
 
 def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Figures of the graph, and of the program under "native …" where this processor can run it. Raises ParityError."""
+    """Figures of the graph and, where this processor can run it, of the program ("native …") and the program in bfloat16 ("bf16 …").
+
+    Raises ParityError; not for bfloat16, which the runtime takes by itself only where its figures are within their limits.
+    """
     figures = parity.measure(reference, backends.load(bundle, backends.Request("onnxruntime")), manifest, progress=progress)
     if backends.why_not("native") is None:
-        network = backends.load(bundle, backends.Request("native"))
-        program = parity.measure(reference, network, manifest, progress=progress)
-        figures |= {f"native {name}": figure for name, figure in program.items() if name != "against"}
+        request = backends.Request("native", "fp32")
+        exact = backends.load(bundle, request)
+        found = parity.measure(reference, exact, manifest, progress=progress)
+        figures |= {f"native {name}": figure for name, figure in found.items() if name != "against"}
+        if _native.bfloat16() or manifest.parameters < parity.LARGE:  # without instructions for it, it is slow
+            rounded = native.in_bf16(bundle, request)
+            found = parity.measure(exact, rounded, manifest, limits=BF16, against="native float32", required=False, progress=progress)
+            figures |= {f"bf16 {name}": figure for name, figure in found.items() if name != "against"}
     return figures
 
 

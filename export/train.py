@@ -235,7 +235,7 @@ def train(
     decay
         Of the moving average.
     device
-        cpu, or cuda for bfloat16 on a GPU.
+        cpu or cuda. Products are in bfloat16 on a GPU, and on a CPU that has instructions for it.
     threads
         For the network, on a CPU.
     workers
@@ -259,12 +259,13 @@ def train(
     gammas = path_gammas()
     losses: list[Tensor] = []
     limit = minutes * 60
+    half = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     crops = Crops(pictures, crop=crop, batch=batch, seed=(seed, run.step))
     begin = time.monotonic()
     for pair in DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
         x, y0 = (side.to(device).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1) for side in pair)
         gamma = draw_gamma(gammas, batch, rng).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = loss_of(run.net, x, y0, gamma)
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, run.seconds / limit)))
         run.update(loss, rate * min(1.0, (run.step + 1) / WARM) * max(0.02, fall))

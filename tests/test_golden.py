@@ -33,7 +33,7 @@ def level(values: NDArray[Any]) -> Floats:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_epsilon_through_the_exported_bundle(name: str, backend: str, golden: Golden, exported: Exported) -> None:
-    data, network = golden(name), load(Bundle.open(exported(name)), Request(backend))
+    data, network = golden(name), load(Bundle.open(exported(name)), Request(backend, "fp32"))
 
     def run(x: Floats, y: Floats, at: NDArray[Any]) -> Floats:
         out = np.full_like(y, np.nan)
@@ -92,7 +92,7 @@ def test_recorded_run_is_replayed(name: str, backend: str, golden: Golden, expor
             z: Floats = data["y_T"][self.i] if step == START else data["z"][len(rows) - 1 - step, self.i]
             return z
 
-    engine = Engine(load(bundle, Request(backend)), capacity=batch, channels=channels, height=height, width=width)
+    engine = Engine(load(bundle, Request(backend, "fp32")), capacity=batch, channels=channels, height=height, width=width)
     for i in range(batch):
         engine.join(Job(data["x"][i], rows, seed=0, noise=Recording(i)))
     for k in range(len(rows)):

@@ -1,6 +1,7 @@
 """Networks through sr3rt's own engine for CPUs against float64: every architecture, and random ones under sanitizers.
 
-The engine is float32: that alone makes a relative difference of 5e-7 to 2e-6 here, in PyTorch as in the engine.
+Float32 alone makes a relative difference of 5e-7 to 2e-6 here, in PyTorch as in the engine. Bfloat16 makes one of up to 6e-2 of the largest
+value; what is in the wrong place makes one of its whole size.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from sr3rt.export.program import describe, dumps  # noqa: E402
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTRUCTIONS = ("auto", "avx2")
+BF16 = ["avx2_bf16", *filter(None, [_native.bfloat16()])]
+INSTRUCTIONS = ("auto", "avx2", *BF16)
+LIMITS = {"auto": 1e-5, "avx2": 1e-5, "avx2_bf16": 6e-2, "avx512_bf16": 6e-2}
 LEVELS = (0.875, 0.25, 0.0078125)
 """Powers of two, nearly: the paper's networks multiply the level by 5000, and float32 rounds that of others by up to 2e-4."""
 
@@ -66,7 +69,7 @@ def test_a_network_is_computed(name: str, instructions: str) -> None:
         arrays = inputs(name, *shape)
         expected, found = computed(program, weights, *arrays), run(network, *arrays)
         assert np.abs(expected).max() > 0.01
-        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+        assert np.abs(found - expected).max() < LIMITS[instructions] * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
@@ -86,6 +89,7 @@ def test_threads_and_neighbours_change_no_bit_of_a_network(name: str, instructio
 # --- the engine alone (tests/native), under sanitizers
 
 EXACT = ("-std=c++20", "-g0", "-fno-math-errno", "-fno-trapping-math")
+KERNELS = ("avx2", "avx2_bf16", "wide", "wide_bf16", "avx512", "avx512_bf16")
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 NOT_THE_NETWORK = {"bindings.cpp", "network_bindings.cpp", "step.cpp", "kernels.cpp"}
 
@@ -102,15 +106,15 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     if empty.returncode:
         pytest.skip(f"the C++ compiler has no sanitizers: {empty.stderr.strip().splitlines()[-1]}")
-    kinds = re.findall(r"^ *sr3rt_kernels\((\w+) (\d+) (\d+) ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
-    assert {"avx2", "avx512", "wide"} == {name for name, *_ in kinds}
+    kinds = re.findall(r"^ *sr3rt_kernels\((\w+) (\d+) (\d) (\d+) ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    assert set(KERNELS) == {name for name, *_ in kinds}
     units: dict[str, list[str | Path]] = {
         path.stem: [*SANITIZED, path] for path in source.glob("*.cpp") if path.name not in NOT_THE_NETWORK
     }
     mains = {path.stem: path for path in (ROOT / "tests" / "native").glob("*.cpp")}
     units |= {f"main of {name}": ["-O2", f"-I{source}", path] for name, path in mains.items()}  # the slower half by far
-    for name, lanes, rows, flags in kinds:
-        constants = [f"-DSR3_LANES={lanes}", f"-DSR3_ROWS={rows}", f"-DSR3_KERNELS={name}", f'-DSR3_NAME="{name}"']
+    for name, lanes, word, rows, flags in kinds:
+        constants = [f"-DSR3_LANES={lanes}", f"-DSR3_WORD={word}", f"-DSR3_ROWS={rows}", f"-DSR3_KERNELS={name}", f'-DSR3_NAME="{name}"']
         units[name] = [*SANITIZED, "-ffp-contract=fast", *flags.split(), *constants, source / "kernels.cpp"]
 
     def build(unit: str) -> None:
@@ -125,20 +129,20 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kernels", ["avx2", "wide", "avx512"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_every_kernel_is_right_alone(programs: Path, kernels: str) -> None:
     done = subprocess.run([programs / "kernels", "check", kernels], capture_output=True, text=True, check=False, timeout=60)
-    if kernels == "avx512" and done.returncode == 65:
-        pytest.skip("this processor has no AVX-512")
+    if kernels.startswith("avx512") and done.returncode == 65:
+        pytest.skip(f"this processor has no {kernels}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 11
+    assert len(done.stdout.splitlines()) == 13
 
 
-@pytest.mark.parametrize("kernels", ["avx2", "wide", "avx512"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_random_networks_are_computed_without_a_stray_access(programs: Path, kernels: str) -> None:
     """`wide`: vectors as long as those of AVX-512, on any processor with AVX2."""
     done = subprocess.run([programs / "fuzz", "40", "1", kernels], capture_output=True, text=True, check=False, timeout=300)
-    if kernels == "avx512" and done.returncode == 2:
-        pytest.skip("this processor has no AVX-512")
+    if kernels.startswith("avx512") and done.returncode == 2:
+        pytest.skip(f"this processor has no {kernels}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kernels}: 0 of 40 networks wrong" in done.stdout

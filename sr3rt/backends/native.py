@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from sr3rt import _native
 from sr3rt.backends import Floats, Request
-from sr3rt.bundle import PROGRAM, Bundle
+from sr3rt.bundle import PROGRAM, Bundle, Manifest
 from sr3rt.errors import BackendError
 from sr3rt.program import Program, Tensors, check, opened
 
@@ -21,8 +21,10 @@ def why_not() -> str | None:
 
 def refusal(bundle: Bundle, request: Request) -> str | None:
     """Why this backend cannot do what is asked with that bundle, or None when it can."""
-    if request.precision not in ("auto", "fp32"):
-        return f"the native backend has fp32, precision {request.precision!r} was asked for: use auto or fp32"
+    if request.precision not in ("auto", "fp32", "bf16"):
+        return f"the native backend has fp32 and bf16, precision {request.precision!r} was asked for: use auto, fp32 or bf16"
+    if request.precision == "bf16" and not _native.bfloat16():
+        return "precision 'bf16' needs a processor with AVX512-BF16 (Intel since Cooper Lake, AMD since Zen 4): use auto or fp32"
     if request.device not in ("auto", "cpu"):
         return f"the native backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu"
     if PROGRAM not in bundle.manifest.files:
@@ -35,8 +37,29 @@ def load(bundle: Bundle, request: Request) -> NativeNetwork:
     reason = why_not() or refusal(bundle, request)
     if reason:
         raise BackendError(reason)
+    chosen = request.precision
+    if chosen == "auto":
+        chosen = "bf16" if _native.bfloat16() and holds_bf16(bundle.manifest) else "fp32"
+    return _network(bundle, request, "auto" if chosen == "fp32" else "avx512_bf16")
+
+
+def holds_bf16(manifest: Manifest) -> bool:
+    """Whether the bundle's own figures for bfloat16 are within their limits; False where it has none."""
+    figures = [manifest.parity.get(f"bf16 {name}") for name in ("net", "picture")]
+    return all(isinstance(figure, Mapping) and figure["worst"] <= figure["limit"] for figure in figures)
+
+
+def in_bf16(bundle: Bundle, request: Request) -> NativeNetwork:
+    """The network in bfloat16 on any processor with AVX2, slowly on those without instructions for it: for the exporter to measure.
+
+    Raises as `load`.
+    """
+    return _network(bundle, request, _native.bfloat16() or "avx2_bf16")
+
+
+def _network(bundle: Bundle, request: Request, instructions: str) -> NativeNetwork:
     with opened(bundle) as (program, tensors):
-        return NativeNetwork(compiled(program, tensors, bundle.manifest.channels, request.thread_count))
+        return NativeNetwork(compiled(program, tensors, bundle.manifest.channels, request.thread_count, instructions=instructions))
 
 
 _NETWORKS = WeakSet["NativeNetwork"]()
@@ -54,10 +77,11 @@ if hasattr(os, "register_at_fork"):
 class NativeNetwork:
     """A `Network` over native/network.hpp. Calls from several threads take turns, each with all of the network's threads."""
 
-    backend, device, precision = "native", "cpu", "fp32"
+    backend, device = "native", "cpu"
 
     def __init__(self, network: _native.Network) -> None:
         self._network = network
+        self.precision = "bf16" if network.instructions.endswith("bf16") else "fp32"
         _NETWORKS.add(self)
 
     def forked(self) -> None:
@@ -85,7 +109,7 @@ _RESAMPLE = {None: "none", "up": "up", "down": "down"}
 
 
 def compiled(program: Program, tensors: Tensors, channels: int, threads: int, *, instructions: str = "auto") -> _native.Network:
-    """The program with its weights packed. instructions: "avx2", "avx512" or the best that is there.
+    """The program with its weights packed. instructions: as `_native.Network` takes them.
 
     Raises KeyError, TypeError or ValueError for what is not a program.
     """

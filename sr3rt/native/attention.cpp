@@ -60,13 +60,13 @@ class Attention final : public Layer {
         const float* queries = in.picture(picture) + first * in.padded;
         float *scores = own, *mixed = own + QUERIES * stride;
         for (std::size_t panel = 0; panel < stride / panel_; ++panel)
-            run.kernels.multiply(count, channels_, queries, in.padded, keys(run, picture, panel), panel_,
+            run.kernels.multiply_floats(count, channels_, queries, in.padded, keys(run, picture, panel), panel_,
                                  keys(run, picture, panel + 1), scores + panel * panel_, stride, false);
         run.kernels.softmax(scores, stride, count, places);
         float* to_pixel = out.picture(picture) + first * out.padded;
         for (std::size_t c = 0; c < out.padded; c += panel_) {
             if (c < channels_)
-                run.kernels.multiply(count, places, scores, stride, in.picture(picture) + 2 * channels_ + c, in.padded,
+                run.kernels.multiply_floats(count, places, scores, stride, in.picture(picture) + 2 * channels_ + c, in.padded,
                                      in.picture(picture) + 2 * channels_ + c + panel_, mixed, panel_, false);
             for (std::size_t row = 0; row < count; ++row)
                 for (std::size_t lane = 0; lane < std::min(panel_, out.padded - c); ++lane)

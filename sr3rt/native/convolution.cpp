@@ -8,7 +8,7 @@ namespace sr3 {
 
 Convolution::Convolution(const Kernels& kernels, const std::vector<Register>& registers, ConvolutionOptions options,
                          std::size_t outputs, int side, std::vector<float> bias)
-    : options_(std::move(options)), inputs_(0), outputs_(outputs), lanes_(kernels.lanes), side_(side), bias_(std::move(bias)) {
+    : options_(std::move(options)), inputs_(0), outputs_(outputs), lanes_(kernels.lanes), word_(kernels.word), side_(side), bias_(std::move(bias)) {
     from = options_.from;
     for (const int source : from) {
         inputs_ += registers[source].padded;
@@ -35,6 +35,13 @@ Floats Convolution::packed(const Kernels& kernels, const std::vector<Register>& 
             before += channels;
         }
     }
+    return out;
+}
+
+Floats Convolution::in_words(const Kernels& kernels, Floats rows, std::size_t count, std::size_t size) const {
+    if (word_ == 1) return rows;
+    Floats out = floats(count * words(inputs_) * size);
+    for (std::size_t i = 0; i < count; ++i) kernels.pack(rows.get() + i * inputs_ * size, inputs_, size, out.get() + i * words(inputs_) * size);
     return out;
 }
 

@@ -14,8 +14,11 @@ class Convolution : public Layer {
     Convolution(const Kernels&, const std::vector<Register>&, ConvolutionOptions, std::size_t outputs, int side,
                 std::vector<float> bias);
 
-    // packed: [panel][input, padded][tap][lane].
+    // packed: [panel][input, padded][tap][lane], as floats.
     Floats packed(const Kernels&, const std::vector<Register>&, const float* weight) const;
+    // Rows of `size` floats, one for each input of each of `count` blocks, as words.
+    Floats in_words(const Kernels&, Floats rows, std::size_t count, std::size_t size) const;
+    std::size_t words(std::size_t inputs) const { return inputs / word_; }
 
     // The sums' units that a picture of these extents has.
     virtual std::size_t units(int height, int width) const = 0;
@@ -35,7 +38,7 @@ class Convolution : public Layer {
 
     ConvolutionOptions options_;
     std::size_t inputs_, outputs_, padded_;  // inputs, and outputs once more, padded
-    std::size_t lanes_;
+    std::size_t lanes_, word_;                // of the kernels
     int side_;
     std::vector<float> bias_;  // padded to whole panels
 

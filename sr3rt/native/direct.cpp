@@ -1,4 +1,4 @@
-// 1×1 convolutions, and 3×3 of stride 2: a matrix product for each tap, over the input's pixels as they lie.
+// 1×1 convolutions, and 3×3 of stride 2: a matrix product for each tap, over the input's pixels as they lie or, in words, in a strip.
 
 #include <algorithm>
 #include <utility>
@@ -18,12 +18,13 @@ class Direct final : public Convolution {
         : Convolution(kernels, registers, std::move(options), outputs, side, std::move(bias)), panel_(2 * kernels.lanes) {
         const std::size_t taps = static_cast<std::size_t>(side_) * side_;
         const Floats by_input = packed(kernels, registers, weight);
-        weights_ = floats(panels() * taps * inputs_ * panel_);  // [panel][tap][input][lane]
+        Floats by_tap = floats(panels() * taps * inputs_ * panel_);  // [panel][tap][input][lane]
         for (std::size_t p = 0; p < panels(); ++p)
             for (std::size_t c = 0; c < inputs_; ++c)
                 for (std::size_t tap = 0; tap < taps; ++tap)
                     std::copy_n(by_input.get() + ((p * inputs_ + c) * taps + tap) * panel_, panel_,
-                                weights_.get() + ((p * taps + tap) * inputs_ + c) * panel_);
+                                by_tap.get() + ((p * taps + tap) * inputs_ + c) * panel_);
+        weights_ = in_words(kernels, std::move(by_tap), panels() * taps, panel_);
     }
 
     Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
@@ -65,7 +66,7 @@ class Direct final : public Convolution {
     };
 
     bool reads_in_place() const {
-        return side_ == 1 && options_.stride == 1 && options_.norm.groups == 0 && !options_.silu && options_.resample == Resample::none;
+        return word_ == 1 && side_ == 1 && options_.stride == 1 && options_.norm.groups == 0 && !options_.silu && options_.resample == Resample::none;
     }
 
     // Whole rows, or a part of one. Of low pictures few rows, so that there is something to share out.
@@ -87,6 +88,7 @@ class Direct final : public Convolution {
             const int edge = side_ / 2;
             run.kernels.fill(in, part.row * options_.stride - edge, part.column * options_.stride - edge, high(part.rows), wide, 0, inputs_,
                              own);
+            if (word_ != 1) run.kernels.round(own, static_cast<std::size_t>(high(part.rows)) * wide * inputs_, own);
         }
         for (std::size_t panel = first; panel < last; ++panel) {
             if (reads_in_place()) {
@@ -111,13 +113,16 @@ class Direct final : public Convolution {
 
     void multiply_strip(const Run& run, const Part& part, std::size_t panel, const float* strip, int wide, float* sums) const {
         const int taps = side_ * side_;
-        for (int y = 0; y < part.rows; ++y)
+        const std::size_t depth = words(inputs_);
+        const bool whole = taps == 1 && options_.stride == 1;  // rows follow one another, as one long one
+        const int rows = whole ? 1 : part.rows, columns = whole ? part.rows * part.columns : part.columns;
+        for (int y = 0; y < rows; ++y)
             for (int tap = 0; tap < taps; ++tap) {
                 const std::size_t at = static_cast<std::size_t>(y * options_.stride + tap / side_) * wide + tap % side_;
-                const float* weights = weights_.get() + (panel * taps + tap) * inputs_ * panel_;
-                run.kernels.multiply(part.columns, inputs_, strip + at * inputs_, options_.stride * inputs_, weights, panel_,
-                                     weights + inputs_ * panel_,
-                                     sums + static_cast<std::size_t>(y) * part.columns * panel_, panel_, tap > 0);
+                const float* weights = weights_.get() + (panel * taps + tap) * depth * panel_;
+                run.kernels.multiply(columns, depth, strip + at * depth, options_.stride * depth, weights, panel_,
+                                     weights + depth * panel_,
+                                     sums + static_cast<std::size_t>(y) * columns * panel_, panel_, tap > 0);
             }
     }
 
@@ -136,7 +141,7 @@ class Direct final : public Convolution {
     }
 
     std::size_t panel_;
-    Floats weights_;
+    Floats weights_;  // [panel][tap][word][lane]
 };
 
 }  // namespace

@@ -1,11 +1,12 @@
-// The functions of kernels.hpp for one instruction set. CMake compiles this file once for each: SR3_LANES floats a vector,
-// SR3_ROWS rows of the matrix product's register block, SR3_KERNELS the table's name.
+// The functions of kernels.hpp for one instruction set. CMake compiles this file once for each: SR3_LANES floats a vector, SR3_WORD
+// numbers a word of what products are made of, SR3_ROWS rows of their register block, SR3_KERNELS the table's name.
 
 #include "kernels.hpp"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "simd.hpp"
@@ -95,9 +96,32 @@ void fill(const Input& input, int row, int column, int rows, int columns, std::s
     }
 }
 
+void pack(const float* rows, std::size_t channels, std::size_t size, float* words) {
+    for (std::size_t channel = 0; channel < channels; channel += WORD)
+        for (std::size_t i = 0; i < size; i += LANES) {
+            const float* from = rows + channel * size + i;
+            store(words + channel / WORD * size + i, word_of(load(from), load(from + (WORD - 1) * size)));
+        }
+}
+
+void round(const float* values, std::size_t count, float* words) {
+    for (std::size_t i = 0; i < count; i += LANES) store_operands(words, i, load(values + i));
+}
+
+// What a product is made of: floats, or words where these are something else.
+struct OfFloats {
+    static Vec splat(const float* from) { return sr3::splat(*from); }
+    static Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+struct OfPairs {
+    static Vec splat(const float* from) { return splat_word(from); }
+    static Vec add(Vec sum, Vec a, Vec b) { return dot(sum, a, b); }
+};
+using OfWords = std::conditional_t<WORD == 1, OfFloats, OfPairs>;
+
 // The register block: `rows` rows by one panel, summed over the depth in order. What is there already is added at the end: sums of
 // short sums round less than one long sum.
-template <int rows>
+template <class Of, int rows>
 void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, const float* next,
                     float* m, std::size_t m_stride, bool accumulate) {
     Vec sums[rows][2];
@@ -107,13 +131,13 @@ void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, con
 #pragma GCC unroll 4
     for (std::size_t k = 0; k < depth; ++k) {
         const Vec left = load(b), right = load(b + LANES);
-        __builtin_prefetch(next);
-        b += b_stride, next += b_stride;
+        __builtin_prefetch(next, 0, 2);
+        b += b_stride, next += PANEL / 4;
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-            const Vec one = splat(a[r * a_stride + k]);
-            sums[r][0] += one * left;
-            sums[r][1] += one * right;
+            const Vec one = Of::splat(a + r * a_stride + k);
+            sums[r][0] = Of::add(sums[r][0], one, left);
+            sums[r][1] = Of::add(sums[r][1], one, right);
         }
     }
 #pragma GCC unroll 16
@@ -126,19 +150,19 @@ void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, con
 
 using Block = void (*)(std::size_t, const float*, std::size_t, const float*, std::size_t, const float*, float*, std::size_t, bool);
 
-template <std::size_t... rows>
+template <class Of, std::size_t... rows>
 constexpr auto blocks_of(std::index_sequence<rows...>) {
-    return std::array<Block, sizeof...(rows)>{&multiply_block<rows + 1>...};
+    return std::array<Block, sizeof...(rows)>{&multiply_block<Of, rows + 1>...};
 }
 
+template <class Of>
 void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
               const float* next, float* m, std::size_t m_stride, bool accumulate) {
-    static constexpr auto blocks = blocks_of(std::make_index_sequence<SR3_ROWS>{});
+    static constexpr auto blocks = blocks_of<Of>(std::make_index_sequence<SR3_ROWS>{});
     const std::size_t parts = (rows + SR3_ROWS - 1) / SR3_ROWS;  // of nearly one height: a low block leaves units idle
     for (std::size_t part = 0, row = 0; part < parts; ++part) {
         const std::size_t end = rows * (part + 1) / parts;
-        blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, part + 1 == parts ? next : b, m + row * m_stride, m_stride,
-                              accumulate);
+        blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, next, m + row * m_stride, m_stride, accumulate);
         row = end;
     }
 }
@@ -177,33 +201,42 @@ void finishing(const Epilogue& end, const Body& body) {
     end.scale != nullptr ? activated.template operator()<true>() : activated.template operator()<false>();
 }
 
+// One tile's 36 points -> height × width pixels, those of a whole tile known to the compiler. `corner`: of the tile, in floats.
+template <class Finish, class Size>
+[[gnu::always_inline]] inline void finish_tile(const Finish& finish, const float* from, std::size_t plane, int half, std::size_t corner,
+                                               Size height, Size width, double* unit) {
+    const Epilogue& end = finish.end;
+    Vec lines[24];
+    for (int x = 0; x < 6; ++x) {
+        Vec m[6];
+        for (int y = 0; y < 6; ++y) m[y] = load(from + (6 * y + x) * plane + half * LANES);
+        output_line(m, 1, lines + x, 6);
+    }
+    Sums sums;
+    for (int y = 0; y < height; ++y) {
+        Vec out[TILE];
+        output_line(lines + 6 * y, 1, out, 1);
+        for (int x = 0; x < width; ++x) sums.add(finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half));
+    }
+    if (unit != nullptr) sums.add_to(unit + half * LANES, unit + half * LANES + end.sums_stride);
+}
+
 void transform_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
                       const Epilogue& end) {
+    constexpr std::integral_constant<int, TILE> whole;
     finishing(end, [&](const auto& finish) {
         for (int top = 0; top < rows; top += TILE)
             for (int left = 0; left < columns; left += TILE) {
                 const float* from = points + (top / TILE * tile_row_stride + left / TILE) * PANEL;
                 const std::size_t corner = top * end.row_stride + left * end.pixel_stride;
                 const int height = std::min(TILE, rows - top), width = std::min(TILE, columns - left);
+                double* unit = end.sums == nullptr ? nullptr : end.sums + top / TILE * end.unit_stride;
                 for (int half = 0; half < end.vectors; ++half) {
-                    Vec lines[24];
-                    Sums sums;
-                    for (int x = 0; x < 6; ++x) {
-                        Vec m[6];
-                        for (int y = 0; y < 6; ++y) m[y] = load(from + (6 * y + x) * plane + half * LANES);
-                        output_line(m, 1, lines + x, 6);
+                    if (height == TILE && width == TILE) {
+                        finish_tile(finish, from, plane, half, corner, whole, whole, unit);
+                    } else {
+                        finish_tile(finish, from, plane, half, corner, height, width, unit);
                     }
-                    for (int y = 0; y < height; ++y) {
-                        Vec out[TILE];
-                        output_line(lines + 6 * y, 1, out, 1);
-                        for (int x = 0; x < width; ++x) {
-                            const Vec v = finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half);
-                            if (end.sums != nullptr) sums.add(v);
-                        }
-                    }
-                    if (end.sums == nullptr) continue;
-                    double* unit = end.sums + top / TILE * end.unit_stride + half * LANES;
-                    sums.add_to(unit, unit + end.sums_stride);
                 }
             }
     });
@@ -217,7 +250,7 @@ void finish_row(const float* from, int pixels, const Epilogue& end) {
                 const Vec v = finish(load(from + x * PANEL + half * LANES), x * end.pixel_stride, half);
                 if (end.sums == nullptr) continue;
                 sums.add(v);
-                if (sums.count == Sums::MOST || x + 1 == pixels)
+                if (sums.count() == Sums::MOST || x + 1 == pixels)
                     sums.add_to(end.sums + half * LANES, end.sums + half * LANES + end.sums_stride);
             }
         }
@@ -254,8 +287,22 @@ void silu_of(float* values, std::size_t count) {
 
 extern const Kernels SR3_KERNELS;
 const Kernels SR3_KERNELS{
-    SR3_NAME,          LANES,    &fill,       &transform_weights, &transform_input, &multiply,
-    &transform_output, &finish_row, &softmax, &add_scaled,        &silu_of,
+    .name = SR3_NAME,
+    .lanes = LANES,
+    .word = WORD,
+    .depth = DEPTH,
+    .fill = &fill,
+    .pack = &pack,
+    .round = &round,
+    .transform_weights = &transform_weights,
+    .transform_input = &transform_input,
+    .multiply = &multiply<OfWords>,
+    .multiply_floats = &multiply<OfFloats>,
+    .transform_output = &transform_output,
+    .finish_row = &finish_row,
+    .softmax = &softmax,
+    .add_scaled = &add_scaled,
+    .silu = &silu_of,
 };
 
 }  // namespace sr3

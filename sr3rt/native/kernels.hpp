@@ -1,8 +1,9 @@
 // What the network's layers are made of, one set of functions for each instruction set (kernels.cpp is compiled once for each).
 //
 // Activations are float32, rows of pixels, a pixel's channels side by side and padded with zeros to whole vectors. Weights are packed
-// in panels of two vectors of output channels. No function allocates, and none depends on how the work around it is cut: every sum is
-// taken over the input channels in their order.
+// in panels of two vectors of output channels. What products of convolutions are made of, weights and inputs, lies in words of four
+// bytes: one float32, or two bfloat16 of neighbouring input channels (Intel's SDM, VDPBF16PS), the first in the lower half. Sums are float32.
+// No function allocates, and none depends on how the work around it is cut: every sum is taken over the input channels in their order.
 
 #pragma once
 
@@ -14,8 +15,6 @@ constexpr int TILE = 4;                // outputs of a Winograd tile, each way: 
 constexpr int POINTS = 36;             // products in place of those 16 outputs · 9 taps
 constexpr int SOURCES = 4;             // most registers that are joined
 constexpr std::size_t ALIGNMENT = 64;  // bytes
-
-constexpr std::size_t DEPTH = 64;      // input channels whose weights are transformed at a time
 
 constexpr std::size_t rounded_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
 
@@ -64,21 +63,33 @@ struct Epilogue {
 struct Kernels {
     const char* name;
     int lanes;  // floats in a vector; a panel is two of them
+    int word;   // input channels in a word: 1 of float32, or 2 of bfloat16
+    std::size_t depth;  // words that are summed at a time, and whose weights are transformed at a time
 
     // Rows [row, row+rows) and columns [column, column+columns) of the input's channels [first, last), zeros outside the picture.
     void (*fill)(const Input&, int row, int column, int rows, int columns, std::size_t first, std::size_t last, float* out);
 
-    // packed: [channels][9][panel] -> points: [36] planes of [channels][panel], `plane` floats apart.
-    void (*transform_weights)(const float* packed, std::size_t channels, float* points, std::size_t plane);
+    // Rows of `size` floats, one for each input channel, -> rows of words, in place or elsewhere. `channels` is a multiple of `word`.
+    void (*pack)(const float* rows, std::size_t channels, std::size_t size, float* words);
 
-    // Tiles of 6×6 pixels, 4 apart, -> [36] planes of [tile][channel]: `plane` and `tile_stride` floats apart.
+    // [channels] floats of each of `pixels` pixels -> words, in place or elsewhere.
+    void (*round)(const float* values, std::size_t count, float* words);
+
+    // packed: [words][9][panel] -> points: [36] planes of [words][panel], `plane` words apart.
+    void (*transform_weights)(const float* packed, std::size_t words, float* points, std::size_t plane);
+
+    // Tiles of 6×6 pixels, 4 apart, -> [36] planes of [tile][word]: `plane` and `tile_stride` words apart.
     void (*transform_input)(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
                             std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride);
 
-    // m[row][panel] (+)= a[row][depth] · b[depth][panel]. Strides in floats; the last row of b may be read `panel` long. `next`: what
-    // will be b next, any address; it is brought nearer meanwhile.
+    // m[row][panel] (+)= a[row][depth] · b[depth][panel], a and b in words. Strides in words. `next`: what will be read later from main
+    // memory, any address: depth·panel/4 floats of it are brought into the second-level cache meanwhile.
     void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
                      const float* next, float* m, std::size_t m_stride, bool accumulate);
+
+    // The same of float32; the last row of b may be read `panel` long.
+    void (*multiply_floats)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b,
+                            std::size_t b_stride, const float* next, float* m, std::size_t m_stride, bool accumulate);
 
     // [36] planes of [tile][panel], tiles' rows `tile_row_stride` tiles apart, -> rows × columns pixels.
     void (*transform_output)(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
@@ -96,7 +107,8 @@ struct Kernels {
     void (*silu)(float* values, std::size_t count);
 };
 
-// Of the instruction set asked for ("avx2", "avx512", or "auto", the best); null where this processor has it not.
+// Of the instruction set asked for; null where this processor has it not. "auto": the best of float32, "avx512" or "avx2". Words of bfloat16
+// have "avx512_bf16", and "avx2_bf16": the same numbers without instructions for them, slowly, to see what they will be elsewhere.
 const Kernels* kernels(const char* name);
 
 }  // namespace sr3

@@ -18,10 +18,8 @@ struct Free {
 };
 using Floats = std::unique_ptr<float[], Free>;
 
-// Uninitialised. Raises std::bad_alloc.
+// Uninitialised; what is large lies in large pages, if there are any to be had. Raises std::bad_alloc.
 Floats floats(std::size_t count);
-// The same in large pages, if there are any to be had: a tile's 36 points would lie in as many small ones.
-Floats floats_in_large_pages(std::size_t count);
 
 // What a register holds of every picture: `channels` of them, padded to whole vectors.
 struct Register {

@@ -55,21 +55,14 @@ class Arena {
 }  // namespace
 
 Floats floats(std::size_t count) {
-    void* memory = std::aligned_alloc(ALIGNMENT, rounded_up(count * sizeof(float), ALIGNMENT));
-    if (memory == nullptr) throw std::bad_alloc();
-    return Floats(static_cast<float*>(memory));
-}
-
-Floats floats_in_large_pages(std::size_t count) {
+    constexpr std::size_t PAGE = std::size_t{2} << 20;
+    const std::size_t bytes = rounded_up(count * sizeof(float), ALIGNMENT);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, bytes < PAGE ? ALIGNMENT : PAGE, bytes) != 0) throw std::bad_alloc();
 #if defined(__linux__)
-    const std::size_t page = std::size_t{2} << 20, bytes = rounded_up(count * sizeof(float), page);
-    void* memory = std::aligned_alloc(page, bytes);
-    if (memory == nullptr) throw std::bad_alloc();
-    madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: what comes of it does not matter
-    return Floats(static_cast<float*>(memory));
-#else
-    return floats(count);
+    if (bytes >= PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: what comes of it does not matter
 #endif
+    return Floats(static_cast<float*>(memory));
 }
 
 Linear::Linear(const float* by_output, const float* offsets, std::size_t outs, std::size_t ins)
@@ -264,7 +257,7 @@ void Network::run(const Planar& planar) {
     const Plan plan = this->plan(planar.count, planar.height, planar.width);
     if (plan.size > arena_size_) {
         arena_.reset(), arena_size_ = 0;
-        arena_ = floats_in_large_pages(plan.size);
+        arena_ = floats(plan.size);
         arena_size_ = plan.size;
     }
     std::vector<View> views(registers_.size());

@@ -106,6 +106,10 @@ void bind_network(nb::module_& module) {
         const sr3::Kernels* best = sr3::kernels("auto");
         return best == nullptr ? std::nullopt : std::optional<std::string>(best->name);
     });
+    module.def("bfloat16", []() -> std::optional<std::string> {
+        const sr3::Kernels* found = sr3::kernels("avx512_bf16");
+        return found == nullptr ? std::nullopt : std::optional<std::string>(found->name);
+    });
     nb::class_<sr3::Network>(module, "Network")
         .def("__init__", &build, "instructions"_a, "threads"_a, "channels"_a, "level"_a)
         .def("joined_planes", &sr3::Network::joined_planes)

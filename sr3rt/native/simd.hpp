@@ -1,19 +1,29 @@
 // A vector of SR3_LANES floats, by the compiler's own extension; kernels.cpp is compiled with the flags of one instruction set, and
-// with contraction, so that a·b + c is one fused operation.
+// with contraction, so that a·b + c is one fused operation. What products read are words of SR3_WORD numbers (kernels.hpp).
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "kernels.hpp"
+
 namespace sr3 {
 namespace {
 
 constexpr int LANES = SR3_LANES;
 constexpr int PANEL = 2 * LANES;
+constexpr int LINE = ALIGNMENT / sizeof(float);  // floats of a cache line
 
 using Vec = float __attribute__((vector_size(4 * LANES)));
 using Ints = std::int32_t __attribute__((vector_size(4 * LANES)));
+using Words = std::uint32_t __attribute__((vector_size(4 * LANES)));
+constexpr int WORD = SR3_WORD;
+constexpr std::size_t DEPTH = WORD == 1 ? 32 : 64;  // short sums round less; of bfloat16 that is nothing beside the operands' rounding
 
 // Loads and stores at any address: most are aligned, and those cost nothing more.
 inline Vec load(const float* from) {
@@ -25,6 +35,72 @@ inline Vec load(const float* from) {
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec splat(float value) { return value - Vec{}; }
+
+// Words: what products are made of.
+#if SR3_WORD == 1
+inline void store_operands(float* to, std::size_t operand, Vec v) { store(to + operand, v); }
+inline Vec word_of(Vec, Vec only) { return only; }
+inline Vec operand(Vec word, int) { return word; }
+inline Vec dot(Vec sum, Vec a, Vec b) { return sum + a * b; }
+inline Vec splat_word(const float* word) { return splat(*word); }
+#else
+template <class To, class From>
+inline To as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+constexpr std::uint32_t HIGH = 0xFFFF0000u;
+
+// Half of each lane's word, as float32.
+inline Vec operand(Vec word, int half) {
+    return as<Vec>(half == 0 ? as<Words>(word) << 16 : as<Words>(word) & HIGH);
+}
+
+// The word of every lane, by its bits.
+inline Vec splat_word(const float* word) {
+    std::uint32_t bits;
+    std::memcpy(&bits, word, sizeof bits);
+    return as<Vec>(bits - Words{});
+}
+
+#ifdef __AVX512BF16__
+inline void store_operands(float* to, std::size_t operand, Vec v) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(as<__m512>(v));
+    std::memcpy(reinterpret_cast<std::uint16_t*>(to) + operand, &rounded, sizeof rounded);
+}
+
+inline Vec word_of(Vec first, Vec second) {
+    using Halves = std::uint16_t __attribute__((vector_size(64)));
+    constexpr Halves MIXED = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh both = _mm512_cvtne2ps_pbh(as<__m512>(second), as<__m512>(first));
+    return as<Vec>(_mm512_permutexvar_epi16(as<__m512i>(MIXED), as<__m512i>(both)));
+}
+
+inline Vec dot(Vec sum, Vec a, Vec b) { return as<Vec>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(a), as<__m512bh>(b))); }
+#else  // the same on any processor, for tests
+// To bfloat16, the nearest, ties to even; in the upper half.
+inline Words rounded(Vec v) {
+    const Words bits = as<Words>(v);
+    return (bits + (0x7FFFu + ((bits >> 16) & 1u))) & HIGH;
+}
+
+inline Vec word_of(Vec first, Vec second) { return as<Vec>(rounded(second) | (rounded(first) >> 16)); }
+
+inline void store_operands(float* to, std::size_t operand, Vec v) {
+    const Words bits = rounded(v);
+    std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(to) + operand;
+    for (int lane = 0; lane < LANES; ++lane) {
+        const std::uint16_t half = static_cast<std::uint16_t>(bits[lane] >> 16);
+        std::memcpy(halves + lane, &half, sizeof half);
+    }
+}
+
+inline Vec dot(Vec sum, Vec a, Vec b) { return (sum + operand(a, 1) * operand(b, 1)) + operand(a, 0) * operand(b, 0); }
+#endif
+#endif
 
 // e^x as in Cephes' expf: x = n·ln 2 + r, a polynomial of r, times 2^n. NaN stays NaN.
 inline Vec exponential(Vec x) {
@@ -48,27 +124,50 @@ inline Vec exponential(Vec x) {
 
 inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
 
-// Up to 16 values of each lane, for their sum and the sum of their squares in float64. A variance is the small difference of two
-// large numbers, so squares are taken of the distances from the mean of the 16, which float32 holds well, and its own is added.
-struct Sums {
+// Up to 16 values of each lane, for their sum and the sum of their squares in float64. A variance is the small difference of two large
+// numbers, so the squares that are summed in float32 are of distances from the first of the values, which it holds well.
+class Sums {
+   public:
     static constexpr int MOST = 16;
-    Vec values[MOST];
-    int count = 0;
 
-    void add(Vec v) { values[count++] = v; }
-
-    void add_to(double* sums, double* squares) {
-        Vec sum{}, spread{};
-        for (int i = 0; i < count; ++i) sum += values[i];
-        const Vec mean = sum * (1.0f / static_cast<float>(count));
-        for (int i = 0; i < count; ++i) spread += (values[i] - mean) * (values[i] - mean);
-        for (int lane = 0; lane < LANES; ++lane) {
-            const double one = static_cast<double>(sum[lane]);
-            sums[lane] += one;
-            squares[lane] += static_cast<double>(spread[lane]) + one * one / count;
-        }
-        count = 0;
+    void add(Vec v) {
+        if (count_ == 0) pivot_ = v;
+        const Vec d = v - pivot_;
+        const int turn = count_++ % 4;
+        sum_[turn] += v, squares_[turn] += d * d;
     }
+    int count() const { return count_; }
+
+    // Adds to the sums and the squares of LANES channels, and begins again.
+    void add_to(double* sums, double* squares) {
+        const double n = count_;
+        const Vec sum = (sum_[0] + sum_[1]) + (sum_[2] + sum_[3]), square = (squares_[0] + squares_[1]) + (squares_[2] + squares_[3]);
+        for (int half = 0; half < 2; ++half, sums += LANES / 2, squares += LANES / 2) {
+            const Doubles p = doubles(pivot_, half), s = doubles(sum, half), q = doubles(square, half);
+            store(sums, load_doubles(sums) + s);
+            store(squares, load_doubles(squares) + (q + p * (2.0 * s - n * p)));
+        }
+        *this = Sums{};
+    }
+
+   private:
+    using Doubles = double __attribute__((vector_size(4 * LANES)));
+
+    static Doubles doubles(Vec v, int half) {
+        using Half = float __attribute__((vector_size(2 * LANES)));
+        Half halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return __builtin_convertvector(halves[half], Doubles);
+    }
+    static Doubles load_doubles(const double* from) {
+        Doubles v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    static void store(double* to, Doubles v) { std::memcpy(to, &v, sizeof v); }
+
+    Vec pivot_{}, sum_[4]{}, squares_[4]{};
+    int count_ = 0;
 };
 
 }  // namespace

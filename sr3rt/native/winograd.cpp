@@ -23,15 +23,17 @@ class Winograd final : public Convolution {
              std::size_t outputs, std::vector<float> bias)
         : Convolution(kernels, registers, std::move(options), outputs, 3, std::move(bias)),
           panel_(2 * kernels.lanes),
-          depth_(std::min(DEPTH, inputs_)),
-          weights_(packed(kernels, registers, weight)) {
-        tile_stride_ = inputs_ % 256 == 0 ? inputs_ + 16 : inputs_;  // rows 1 KiB apart would share few sets of the cache
+          all_(words(inputs_)),
+          chunk_(kernels.depth),
+          depth_(std::min(chunk_, all_)),
+          weights_(in_words(kernels, packed(kernels, registers, weight), panels(), 9 * panel_)) {
+        tile_stride_ = all_ % 256 == 0 ? all_ + 16 : all_;  // rows 1 KiB apart would share few sets of the cache
         if (inputs_ * padded_ > KEPT) return;
         kept_ = true;
-        depth_ = inputs_ < 2 * DEPTH ? inputs_ : DEPTH;
+        depth_ = all_ < 2 * chunk_ ? all_ : chunk_;
         Floats points = floats(panels() * POINTS * weights_plane());
         for (std::size_t p = 0; p < panels(); ++p)
-            kernels.transform_weights(weights_.get() + p * inputs_ * 9 * panel_, inputs_, points.get() + p * POINTS * weights_plane(),
+            kernels.transform_weights(weights_.get() + p * all_ * 9 * panel_, all_, points.get() + p * POINTS * weights_plane(),
                                       weights_plane());
         weights_ = std::move(points);
     }
@@ -42,7 +44,7 @@ class Winograd final : public Convolution {
         const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
         if (all > SMALL) return {norms, strip() + POINTS * (points_plane(BLOCK) + GROUP * sums_plane(BLOCK)) + weights};
         const std::size_t together = all * std::min(count, at_once(all));
-        const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * DEPTH;
+        const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * chunk_ * word_;
         return {norms + POINTS * points_plane(together), std::max(chunk, GROUP * POINTS * sums_plane(together) + weights)};
     }
 
@@ -71,25 +73,26 @@ class Winograd final : public Convolution {
         const std::size_t pieces = (panels() + GROUP - 1) / GROUP;
         return inputs_ >= WIDE && (pieces % threads == 0 || pieces >= 4 * threads) ? GROUP : 1;
     }
-    std::size_t weights_plane() const { return plane_of((kept_ ? inputs_ : depth_) * panel_); }
+    std::size_t weights_plane() const { return plane_of((kept_ ? all_ : depth_) * panel_); }
     std::size_t points_plane(std::size_t count) const { return plane_of(count * tile_stride_); }
     std::size_t sums_plane(std::size_t count) const { return plane_of(count * panel_); }
     std::size_t strip() const { return rounded_up((BLOCK_ROWS * TILE + 2) * (BLOCK_COLUMNS * TILE + 2) * inputs_, 16); }
 
-    // The 36 products of a group of panels: points [tile][input] -> sums [panel][36 planes of [tile][lane]].
+    // The 36 products of a group of panels: points [tile][word] -> sums [panel][36 planes of [tile][lane]].
     void multiply(const Run& run, std::size_t begin, std::size_t end, std::size_t count, const float* points, std::size_t plane,
                   float* sums, float* transformed) const {
         const std::size_t weights_size = POINTS * weights_plane();
-        for (std::size_t first = 0; first < inputs_; first += depth_) {
-            const std::size_t depth = std::min(depth_, inputs_ - first);
+        for (std::size_t first = 0; first < all_; first += depth_) {
+            const std::size_t depth = std::min(depth_, all_ - first);
+            const auto packed = [&](std::size_t panel, std::size_t word) { return weights_.get() + (panel * all_ + word) * 9 * panel_; };
             for (std::size_t panel = begin; !kept_ && panel < end; ++panel)
-                run.kernels.transform_weights(weights_.get() + (panel * inputs_ + first) * 9 * panel_, depth,
-                                              transformed + (panel - begin) * weights_size, weights_plane());
+                run.kernels.transform_weights(packed(panel, first), depth, transformed + (panel - begin) * weights_size, weights_plane());
             const float* weights = kept_ ? weights_.get() + begin * weights_size + first * panel_ : transformed;
             for (int point = 0; point < POINTS; ++point)
                 for (std::size_t panel = 0; panel < end - begin; ++panel) {
                     const float* here = weights + panel * weights_size + point * weights_plane();
-                    const float* next = panel + 1 < end - begin ? here + weights_size : here - panel * weights_size + weights_plane();
+                    // While it multiplies, the weights that it transforms next come near: a 36th at each point.
+                    const float* next = kept_ ? here : packed(begin + panel, first + depth) + point * depth * panel_ / 4;
                     run.kernels.multiply(count, depth, points + point * plane + first, tile_stride_, here, panel_, next,
                                          sums + (panel * POINTS + point) * sums_plane(count), panel_, first > 0);
                 }
@@ -150,16 +153,16 @@ class Winograd final : public Convolution {
         const View& out = run.views[to];
         const int down = tiles(out.height), across = tiles(out.width);
         const std::size_t all = static_cast<std::size_t>(down) * across, count = all * pictures, plane = points_plane(count);
-        const std::size_t chunks = (inputs_ + DEPTH - 1) / DEPTH;
+        const std::size_t width = chunk_ * word_, chunks = (inputs_ + width - 1) / width;
         const float* norms = run.shared;
         float* points = run.shared + rounded_up(norms_size(run.planar.count), 16);
         run.pool.run(pictures * chunks, [&](std::size_t piece, unsigned thread) {
-            const std::size_t picture = piece / chunks, begin = piece % chunks * DEPTH, end = std::min(inputs_, begin + DEPTH);
+            const std::size_t picture = piece / chunks, begin = piece % chunks * width, end = std::min(inputs_, begin + width);
             float* own = run.own + thread * run.own_size;
             const int wide = across * TILE + 2;
             run.kernels.fill(input(run, first + picture, norms), -1, -1, down * TILE + 2, wide, begin, end, own);
             run.kernels.transform_input(own, wide * (end - begin), end - begin, down, across, end - begin,
-                                        points + picture * all * tile_stride_ + begin, plane, tile_stride_);
+                                        points + picture * all * tile_stride_ + words(begin), plane, tile_stride_);
         });
         const std::size_t group = group_for(run.pool.threads());
         run.pool.run((panels() + group - 1) / group, [&](std::size_t piece, unsigned thread) {
@@ -175,8 +178,9 @@ class Winograd final : public Convolution {
         });
     }
 
-    std::size_t panel_, depth_, tile_stride_;  // depth_: inputs that are summed at a time
-    Floats weights_;                           // packed, or, where kept_, their transforms: [panel][36 planes of [input][lane]]
+    std::size_t panel_;
+    std::size_t all_, chunk_, depth_, tile_stride_;  // words: of the inputs, transformed at a time, summed at a time, from tile to tile
+    Floats weights_;                                 // packed, or, where kept_, their transforms: [panel][36 planes of [word][lane]]
     bool kept_ = false;
 };
 

@@ -1,5 +1,5 @@
-// Each function of kernels.hpp alone: `kernels check avx2|avx512|wide` compares it with float64, `kernels time …` with what the processor
-// can do. A line of JSON for each; the exit status is the number of functions that are wrong.
+// Each function of kernels.hpp alone: `kernels check KERNELS` compares it with float64, `kernels time KERNELS` with what the processor can do.
+// KERNELS: as in kernels.hpp, or wide or wide_bf16. A line of JSON for each; the exit status is the number of functions that are wrong.
 
 #include <algorithm>
 #include <chrono>
@@ -10,7 +10,10 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include <immintrin.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -19,7 +22,7 @@
 #include "kernels.hpp"
 
 namespace sr3 {
-extern const Kernels wide;  // the code of AVX-512's vectors, compiled for AVX2
+extern const Kernels wide, wide_bf16;  // the code of AVX-512's vectors, compiled for AVX2
 }
 
 namespace {
@@ -43,7 +46,7 @@ struct Floats {
         std::normal_distribution<float> normal;
         for (std::size_t i = 0; i < n; ++i) data[i] = normal(generator);
     }
-    Floats(const Floats&) = delete;
+    Floats(Floats&& other) : count(other.count), data(std::exchange(other.data, nullptr)) {}
     ~Floats() { std::free(data); }
     float& operator[](std::size_t i) { return data[i]; }
     float operator[](std::size_t i) const { return data[i]; }
@@ -63,11 +66,33 @@ double difference(const float* found, const Values& expected) {
 
 // ---- against float64
 
+// The value at `operand` of words laid side by side, and of words laid in rows of `size`, each with the operands of one place.
+double operand_of(const Kernels& kernels, const float* words, std::size_t operand) {
+    if (kernels.word == 1) return words[operand];
+    std::uint16_t half;
+    std::memcpy(&half, reinterpret_cast<const std::uint16_t*>(words) + operand, sizeof half);
+    const std::uint32_t bits = std::uint32_t{half} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+double operand_of(const Kernels& kernels, const float* rows, std::size_t size, std::size_t operand, std::size_t place) {
+    return operand_of(kernels, rows + operand / kernels.word * size + place, operand % kernels.word);
+}
+
 struct Checks {
     const Kernels& kernels;
     std::mt19937 generator{1};
     int wrong = 0;
-    std::size_t lanes = static_cast<std::size_t>(kernels.lanes), panel = 2 * lanes;
+    std::size_t lanes = static_cast<std::size_t>(kernels.lanes), panel = 2 * lanes, word = static_cast<std::size_t>(kernels.word);
+    double rounding = kernels.word == 1 ? 0 : 1.0 / 256;  // of an operand, relative: half a unit of bfloat16's last place
+
+    // Normal values that operands hold without rounding.
+    Floats operands(std::size_t count) {
+        Floats made(count, generator);
+        for (std::size_t i = 0; word == 2 && i < count; ++i) made[i] = std::round(made[i] * 16) / 16;
+        return made;
+    }
 
     void say(const char* name, double off, double limit = 2e-6) {
         std::printf("{\"kernel\": \"%s\", \"difference\": %.2e, \"limit\": %.0e}\n", name, off, limit);
@@ -102,39 +127,66 @@ struct Checks {
         say(name, difference(found.data, expected));
     }
 
-    void multiply() {
+    void pack() {
+        const std::size_t channels = 6 * word, size = 3 * panel;
+        const Floats rows(channels * size, generator);
+        Floats packed(channels / word * size), rounded(rows.count / word);
+        kernels.pack(rows.data, channels, size, packed.data);
+        kernels.round(rows.data, rows.count, rounded.data);
+        double off = 0;
+        for (std::size_t c = 0; c < channels; ++c)
+            for (std::size_t i = 0; i < size; ++i) {
+                const double exact = rows[c * size + i], allowed = rounding * std::abs(exact);
+                off = std::max(off, std::abs(operand_of(kernels, packed.data, size, c, i) - exact) - allowed);
+                off = std::max(off, std::abs(operand_of(kernels, rounded.data, c * size + i) - exact) - allowed);
+            }
+        say("pack, round", off, 0);
+    }
+
+    using Multiply = decltype(Kernels::multiply);
+
+    // Of operands that are not rounded, `in_word` to a word.
+    void multiply(Multiply product, std::size_t in_word, const char* name) {
         double worst = 0;
         for (const std::size_t rows : {1, 2, 5, 6, 7, 13, 14, 15, 29})
             for (const bool accumulate : {false, true}) {
-                const std::size_t depth = 37;
-                const Floats a(rows * depth, generator), b(depth * panel, generator);
-                Floats m(rows * panel, generator);
+                const std::size_t words = 37, depth = words * in_word;
+                const Floats left = operands(rows * depth + lanes), right = operands(depth * panel);
+                Floats a(left.count), b(right.count), m(rows * panel, generator);
+                if (in_word == 1) {
+                    std::copy(left.data, left.data + left.count, a.data), std::copy(right.data, right.data + right.count, b.data);
+                } else {
+                    kernels.round(left.data, rounded_up(rows * depth, lanes), a.data), kernels.pack(right.data, depth, panel, b.data);
+                }
                 Values expected(rows * panel);
                 for (std::size_t r = 0; r < rows; ++r)
                     for (std::size_t c = 0; c < panel; ++c) {
                         double& sum = expected[r * panel + c] = accumulate ? m[r * panel + c] : 0.0;
-                        for (std::size_t k = 0; k < depth; ++k) sum += double(a[r * depth + k]) * b[k * panel + c];
+                        for (std::size_t k = 0; k < depth; ++k) sum += double(left[r * depth + k]) * right[k * panel + c];
                     }
-                kernels.multiply(rows, depth, a.data, depth, b.data, panel, b.data, m.data, panel, accumulate);
+                product(rows, words, a.data, words, b.data, panel, b.data, m.data, panel, accumulate);
                 worst = std::max(worst, difference(m.data, expected));
             }
-        say("multiply", worst);
+        say(name, worst);
     }
 
     // The three transforms of F(4×4, 3×3) around a product in float64: 7×6 outputs of a convolution, with every part of the epilogue.
     void winograd() {
         const int rows = 7, columns = 6;
         const std::size_t depth = 2 * lanes, tiles = 4, in_rows = 10, in_columns = 10, pixels = rows * columns;
-        const Floats in(in_rows * in_columns * depth, generator), packed(depth * 9 * panel, generator), add(pixels * panel, generator);
+        const Floats in(in_rows * in_columns * depth, generator), weights = operands(depth * 9 * panel), add(pixels * panel, generator);
         const Floats scale(panel, generator), shift(panel, generator);
-        Floats a(POINTS * tiles * depth), b(POINTS * depth * panel), m(POINTS * tiles * panel), out(pixels * panel);
-        kernels.transform_weights(packed.data, depth, b.data, depth * panel);
-        kernels.transform_input(in.data, in_columns * depth, depth, 2, 2, depth, a.data, tiles * depth, depth);
+        const std::size_t words = depth / word;
+        Floats packed(weights.count), a(POINTS * tiles * words), b(POINTS * words * panel), m(POINTS * tiles * panel), out(pixels * panel);
+        kernels.pack(weights.data, depth, 9 * panel, packed.data);
+        kernels.transform_weights(packed.data, words, b.data, words * panel);
+        kernels.transform_input(in.data, in_columns * depth, depth, 2, 2, depth, a.data, tiles * words, words);
         for (std::size_t p = 0; p < POINTS; ++p)
             for (std::size_t t = 0; t < tiles; ++t)
                 for (std::size_t c = 0; c < panel; ++c) {
                     double sum = 0;
-                    for (std::size_t k = 0; k < depth; ++k) sum += double(a[(p * tiles + t) * depth + k]) * b[(p * depth + k) * panel + c];
+                    for (std::size_t k = 0; k < depth; ++k)
+                        sum += operand_of(kernels, a.data + (p * tiles + t) * words, k) * operand_of(kernels, b.data + p * words * panel, panel, k, c);
                     m[(p * tiles + t) * panel + c] = static_cast<float>(sum);
                 }
         std::vector<double> sums(4 * panel);
@@ -147,13 +199,14 @@ struct Checks {
                     double sum = 0;
                     for (std::size_t i = 0; i < 9; ++i)
                         for (std::size_t k = 0; k < depth; ++k)
-                            sum += double(in[((y + i / 3) * in_columns + x + i % 3) * depth + k]) * packed[(k * 9 + i) * panel + c];
+                            sum += double(in[((y + i / 3) * in_columns + x + i % 3) * depth + k]) * weights[(k * 9 + i) * panel + c];
                     expected.push_back((silu(sum * scale[c] + shift[c]) + add[(y * columns + x) * panel + c]) * 0.75);
                     const double value = out[(y * columns + x) * panel + c];
                     totals[y / TILE * 2 * panel + c] += value;
                     totals[y / TILE * 2 * panel + panel + c] += value * value;
                 }
-        say("transform_weights, transform_input, transform_output", difference(out.data, expected), 1e-5);
+        say("transform_weights, transform_input, transform_output", difference(out.data, expected),
+            word == 1 ? 1e-5 : 2e-2);
         double off = 0;
         for (std::size_t i = 0; i < totals.size(); ++i) off = std::max(off, std::abs(sums[i] - totals[i]) / (1 + std::abs(totals[i])));
         say("transform_output, sums", off);
@@ -233,6 +286,17 @@ struct Peak {
 };
 [[gnu::target("avx2,fma")]] float of_avx2(std::size_t turns) { return chained<8, 12>(turns); }
 [[gnu::target("avx512f")]] float of_avx512(std::size_t turns) { return chained<16, 24>(turns); }
+[[gnu::target("avx512f,avx512bf16")]] float of_bf16(std::size_t turns) {
+    __m512 sums[24];
+    const __m512bh factor{};
+    for (int i = 0; i < 24; ++i) sums[i] = _mm512_set1_ps(static_cast<float>(i));
+    for (std::size_t t = 0; t < turns; ++t)
+#pragma GCC unroll 24
+        for (int i = 0; i < 24; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], factor, factor);
+    float total = 0;
+    for (int i = 0; i < 24; ++i) total += sums[i][0];
+    return total;
+}
 
 struct Timed {
     std::string name;
@@ -250,9 +314,10 @@ double median(std::vector<double> values) {
 // that stay in the second-level cache.
 void time(const Kernels& kernels, double budget) {
     std::mt19937 generator(1);
-    const std::size_t lanes = kernels.lanes, panel = 2 * lanes, channels = 128, tiles = 32, pixels = 16 * tiles, depth = DEPTH;
+    const std::size_t lanes = kernels.lanes, panel = 2 * lanes, channels = 128, tiles = 32, pixels = 16 * tiles, depth = kernels.depth;
     const std::size_t plane = plane_of(depth * panel);
-    const Floats in(18 * 34 * channels, generator), factor(channels, generator), packed(depth * 9 * panel, generator);
+    const std::size_t inputs = depth * kernels.word;  // of so many words
+    const Floats in(18 * 34 * channels, generator), factor(channels, generator), packed(depth * 9 * panel);  // zeros: any bits would do
     Floats filled(18 * 34 * channels), a(POINTS * plane_of(tiles * depth)), b(POINTS * plane), m(POINTS * plane_of(tiles * panel));
     Floats out(pixels * channels), row(pixels * panel, generator), scores(256 * 256, generator), copied(in.count);
     std::vector<double> sums(channels * 16);
@@ -260,8 +325,9 @@ void time(const Kernels& kernels, double budget) {
     const Epilogue end{factor.data, factor.data, false, out.data, 0.5f, out.data, 32 * panel, panel, 2, sums.data(), channels, 2 * channels};
     volatile float kept = 0;
     const std::size_t turns = 20000;
-    const bool long_vectors = std::strcmp(kernels.name, "avx512") == 0;
-    const Peak peak_of = long_vectors ? Peak{2.0 * 16 * 24, &of_avx512} : Peak{2.0 * 8 * 12, &of_avx2};
+    const std::string name = kernels.name;
+    const Peak peak_of = name == "avx512_bf16" ? Peak{4.0 * 16 * 24, &of_bf16} :
+                         name == "avx512" ? Peak{2.0 * 16 * 24, &of_avx512} : Peak{2.0 * 8 * 12, &of_avx2};
     const double single = sizeof(float);
     std::vector<Timed> all = {
         {"peak", [&] { kept = peak_of.run(turns); }, peak_of.operations * turns, 0, {}},
@@ -269,15 +335,15 @@ void time(const Kernels& kernels, double budget) {
         {"fill", [&] { kernels.fill(input, -1, -1, 18, 34, 0, channels, filled.data); }, 0, 2 * single * 16 * 32 * channels, {}},
         {"transform_weights", [&] { kernels.transform_weights(packed.data, depth, b.data, plane); }, 0, single * (9 + 36) * depth * panel, {}},
         {"transform_input",
-         [&] { kernels.transform_input(in.data, 34 * channels, channels, 4, 8, depth, a.data, plane_of(tiles * depth), depth); }, 0,
-         single * (16 + 36) * tiles * depth, {}},
+         [&] { kernels.transform_input(in.data, 34 * channels, channels, 4, 8, inputs, a.data, plane_of(tiles * depth), depth); }, 0,
+         single * (16 * kernels.word + 36) * tiles * depth, {}},
         {"multiply",
          [&] {
              for (std::size_t p = 0; p < POINTS; ++p)
                  kernels.multiply(tiles, depth, a.data + p * plane_of(tiles * depth), depth, b.data + p * plane, panel,
                                   b.data + (p + 1) % POINTS * plane, m.data + p * plane_of(tiles * panel), panel, false);
          },
-         2.0 * POINTS * tiles * depth * panel, 0, {}},
+         2.0 * POINTS * tiles * inputs * panel, 0, {}},
         {"transform_output", [&] { kernels.transform_output(m.data, plane_of(tiles * panel), 8, 16, 32, end); }, 0,
          single * (36 + 2 * 16) * tiles * panel, {}},
         {"finish_row", [&] { kernels.finish_row(row.data, pixels, end); }, 0, 3 * single * pixels * panel, {}},
@@ -311,15 +377,17 @@ void time(const Kernels& kernels, double budget) {
 
 int main(int count, char** arguments) {
     const std::string what = count > 1 ? arguments[1] : "", name = count > 2 ? arguments[2] : "auto";
-    if (what != "check" && what != "time") return std::fprintf(stderr, "usage: kernels check|time [avx2|avx512|wide] [SECONDS]\n"), 64;
-    const Kernels* kernels = name == "wide" ? &wide : sr3::kernels(name.c_str());
+    if (what != "check" && what != "time") return std::fprintf(stderr, "usage: kernels check|time [KERNELS] [SECONDS]\n"), 64;
+    const Kernels* kernels = name == "wide" ? &wide : name == "wide_bf16" ? &wide_bf16 : sr3::kernels(name.c_str());
     if (kernels == nullptr) return std::fprintf(stderr, "this processor does not have %s\n", name.c_str()), 65;
     if (what == "time") return time(*kernels, count > 3 ? std::atof(arguments[3]) : 5.0), 0;
     Checks checks{*kernels};
     checks.fill(Resample::none, "fill");
     checks.fill(Resample::up, "fill, up");
     checks.fill(Resample::down, "fill, down");
-    checks.multiply();
+    checks.pack();
+    checks.multiply(kernels->multiply, kernels->word, "multiply");
+    checks.multiply(kernels->multiply_floats, 1, "multiply_floats");
     checks.winograd();
     checks.finish_row();
     checks.softmax();
