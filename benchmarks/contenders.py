@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 from benchmarks.workloads import Task
-from sr3rt import backends
+from sr3rt import _native, backends
 from sr3rt.backends import Floats
 from sr3rt.bench import EngineLoop, Noise
 
@@ -123,6 +123,12 @@ def _why_not_ours(backend: str, device: str) -> str | None:
     return backends.why_not(backend)
 
 
+def _why_not_bf16(device: str) -> str | None:
+    if reason := _why_not_ours("native", device):
+        return reason
+    return None if _native.bfloat16() else "this CPU has no AVX512-BF16"
+
+
 def contenders() -> dict[str, Contender]:
     """The reference first, then what PyTorch offers, then every backend of ours, by name."""
     theirs = [
@@ -134,6 +140,18 @@ def contenders() -> dict[str, Contender]:
     ours = [
         Contender(name, f"sr3rt, {name}", module, partial(_ours, backend=name), partial(_why_not_ours, name))
         for name, module in backends.MODULES.items()
+        if name != "native"
+    ]
+    native: dict[str, Callable[[str], str | None]] = {"fp32": partial(_why_not_ours, "native"), "bf16": _why_not_bf16}
+    ours += [
+        Contender(
+            "native" if precision == "fp32" else f"native-{precision}",
+            f"sr3rt, native, {precision}",
+            backends.MODULES["native"],
+            partial(_ours, backend="native", precision=precision),
+            why_not,
+        )
+        for precision, why_not in native.items()
     ]
     captured = partial(_ours, backend="torch", precision="fp16"), partial(_why_not_ours, "torch")
     ours += [

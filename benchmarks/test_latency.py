@@ -12,9 +12,9 @@ from benchmarks.contenders import contenders
 from benchmarks.latency import Measurement, Plan
 from benchmarks.versus import Worker
 from benchmarks.workloads import WORKLOADS
-from sr3rt import backends
 
 QUICK = {("shipped", 1): ("eager", "half", "compiled"), ("shipped", 4): ("eager", "half"), ("public-128", 1): ("eager", "half")}
+THEIRS = ("eager", "half", "compiled")
 BATCHES = (1, 4, 16)
 CONTENDERS = contenders()
 
@@ -29,10 +29,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def names(config: pytest.Config, workload: str, batch: int) -> list[str]:
-    """The contenders of a case; the peer has the public networks only."""
+    """The contenders of a case, all of ours among them; the peer has the public networks only."""
     peer = ["peer"] if config.getoption("--peer") and workload.startswith("public") else []
-    theirs = ("eager", "half", "compiled") if config.getoption("--full") else QUICK[workload, batch]
-    return [*theirs, *peer, *backends.MODULES]
+    theirs = THEIRS if config.getoption("--full") else QUICK[workload, batch]
+    return [*theirs, *peer, *(name for name in CONTENDERS if name not in (*THEIRS, "peer"))]
 
 
 def test_versus(workload: str, batch: int, plan: Plan, measurements: Measurements, request: pytest.FixtureRequest) -> None:

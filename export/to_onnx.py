@@ -7,6 +7,7 @@ written with its manifest as one directory that is there whole or not at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from cyclopts import App, Parameter
 from torch import nn
 
 from sr3rt import __version__, _native, backends, safetensors
-from sr3rt.backends import native
+from sr3rt.backends import Network, native
 from sr3rt.backends.torch import TorchNetwork
 from sr3rt.bundle import (
     NETWORK,
@@ -39,7 +40,7 @@ from sr3rt.bundle import (
     write_manifest,
     writing,
 )
-from sr3rt.errors import MissingExtra, OptionError
+from sr3rt.errors import MissingExtra, NonFiniteError, OptionError
 from sr3rt.export import checkpoint as checkpoints
 from sr3rt.export import footprint, parity, program
 from sr3rt.export.progress import progress_line
@@ -118,15 +119,24 @@ def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progres
     """
     figures = parity.measure(reference, backends.load(bundle, backends.Request("onnxruntime")), manifest, progress=progress)
     if backends.why_not("native") is None:
-        request = backends.Request("native", "fp32")
-        exact = backends.load(bundle, request)
+        exact = backends.load(bundle, backends.Request("native", "fp32"))
         found = parity.measure(reference, exact, manifest, progress=progress)
         figures |= {f"native {name}": figure for name, figure in found.items() if name != "against"}
-        if _native.bfloat16() or manifest.parameters < parity.LARGE:  # without instructions for it, it is slow
-            rounded = native.in_bf16(bundle, request)
-            found = parity.measure(exact, rounded, manifest, limits=BF16, against="native float32", required=False, progress=progress)
-            figures |= {f"bf16 {name}": figure for name, figure in found.items() if name != "against"}
+        figures |= _bf16(exact, bundle, manifest, progress)
     return figures
+
+
+def _bf16(exact: Network, bundle: Bundle, manifest: Manifest, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Figures of bfloat16 against `exact`; none where it overflows, nor of a large network that this processor would take long for."""
+    if not _native.bfloat16() and manifest.parameters >= parity.LARGE:
+        return {}
+    rounded = native.in_bf16(bundle, backends.Request("native"))
+    try:
+        found = parity.measure(exact, rounded, manifest, limits=BF16, against="native float32", required=False, progress=progress)
+    except NonFiniteError:
+        return {}
+    finite = all(math.isfinite(found[name]["worst"]) for name in ("net", "picture"))
+    return {f"bf16 {name}": figure for name, figure in found.items() if name != "against"} if finite else {}
 
 
 def _check_packages() -> None:

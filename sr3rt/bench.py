@@ -91,9 +91,16 @@ def _one(noise: Noise, i: int) -> Callable[[int], Floats]:
     return lambda step: noise(-1 if step == START else step)[i]
 
 
+CANDIDATES = (*((name, "fp32" if name == "native" else "auto") for name in backends.MODULES), ("native", "bf16"))
+"""Backends, and the precisions that they are asked for."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One backend. load: seconds. outside: share of a step spent outside the network. quiet: whether other processes kept away."""
+    """One backend in one precision.
+
+    load: seconds. outside: share of a step spent outside the network. quiet: whether other processes kept away.
+    """
 
     backend: str
     precision: str
@@ -104,7 +111,7 @@ class Row:
 
 
 def measure(bundle: Bundle, *, size: int, batch: int, seconds: float, threads: int = 0) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the backends that run this bundle here, and the reasons why the others do not. size: side of the result, pixels.
+    """Rows of the `CANDIDATES` that run this bundle here, and the reasons why the others do not. size: side of the result, pixels.
 
     Raises OptionError for a size or batch that cannot be, BundleCorrupt.
     """
@@ -120,8 +127,9 @@ def measure(bundle: Bundle, *, size: int, batch: int, seconds: float, threads: i
     x = np.random.default_rng(0).uniform(-1, 1, (batch, manifest.channels, size, size)).astype(np.float32)
     loops: dict[str, tuple[EngineLoop, Network, float]] = {}
     missing: dict[str, str] = {}
-    for name in backends.MODULES:
-        request = backends.Request(name, threads=threads)
+    for backend, precision in CANDIDATES:
+        name = f"{backend}, {precision}"
+        request = backends.Request(backend, precision, threads=threads)
         begin = time.perf_counter()
         try:
             network = backends.load(bundle, request)
@@ -144,7 +152,7 @@ def measure(bundle: Bundle, *, size: int, batch: int, seconds: float, threads: i
             times[name].append(time.perf_counter() - begin)
     quiet = (watch.foreign() or 0.0) <= BUSY
     found = [
-        Row(name, network.precision, load, Summary.of(times[name]), 1 - (loop.network + inside[name]) / sum(times[name]), quiet)
+        Row(network.backend, network.precision, load, Summary.of(times[name]), 1 - (loop.network + inside[name]) / sum(times[name]), quiet)
         for name, (loop, network, load) in loops.items()
     ]
     return found, missing

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from sr3rt import __version__, backends, environment
+from sr3rt import __version__, _native, backends, environment
 from sr3rt.bench import Row
 from sr3rt.bundle import Bundle
 from sr3rt.engines import EngineKey
@@ -56,6 +56,8 @@ def examine() -> tuple[Table, bool]:
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     for name, version in environment.packages().items():
         table.add_row(name, version or "[dim]not installed[/dim]")
+    instructions = [name for name in (_native.instructions(), _native.bfloat16()) if name]
+    table.add_row("instructions", ", ".join(instructions) or "neither AVX2 nor AVX-512")
     healthy = False
     for name in backends.MODULES:
         reason = backends.why_not(name) or _try(name)
@@ -65,7 +67,7 @@ def examine() -> tuple[Table, bool]:
 
 
 def timings(bundle: Bundle, rows: Sequence[Row], *, size: int, batch: int) -> Table:
-    """A table of `sr3rt bench`, a column for each backend, with the versions that matter."""
+    """A table of `sr3rt bench`, a column for each backend and precision, with the versions that matter."""
     manifest = bundle.manifest
     facts = environment.describe(threads=0)
     versions = ", ".join(f"{name} {version}" for name, version in environment.packages().items() if version)

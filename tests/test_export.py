@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from sr3rt.backends import Request, load  # noqa: E402
+from sr3rt.backends import Request, load, native  # noqa: E402
 from sr3rt.bundle import NETWORK, PROGRAM, WEIGHTS, WEIGHTS_BEFORE, Bundle, write_manifest, writing  # noqa: E402
 from sr3rt.errors import BackendError, CheckpointError, MissingExtra, OptionError, ParityError  # noqa: E402
 from sr3rt.export import footprint, to_onnx  # noqa: E402
@@ -74,6 +74,23 @@ def test_bundle_verifies_and_says_what_it_was_measured_at(exported: Exported) ->
     assert 0 < net["worst"] == max(row["error"] for row in net["rows"]) <= net["limit"] <= 1e-4
     assert picture["steps"] >= 10
     assert 0 < picture["worst"] <= picture["limit"]
+
+
+def test_bundle_says_what_bfloat16_would_cost_whatever_the_processor(ready: Path) -> None:
+    """Measured against the float32 network, and no reason to refuse an export."""
+    parity = Bundle.open(ready).manifest.parity
+    assert parity["bf16 net"]["worst"] > 10 * parity["native net"]["worst"]
+    assert parity["bf16 net"]["limit"] == to_onnx.BF16.net
+    assert parity["bf16 picture"]["limit"] == to_onnx.BF16.picture
+    assert parity["bf16 picture"]["psnr"] > 30
+
+
+def test_a_run_that_overflows_in_bfloat16_leaves_no_figures_of_it(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(ready)
+    exact, half = load(bundle, Request("native", "fp32")), native.in_bf16(bundle, Request("native"))
+    monkeypatch.setattr(half, "bind", lambda x, y, level, out: lambda: out.fill(np.inf))
+    monkeypatch.setattr(native, "in_bf16", lambda bundle, request: half)
+    assert to_onnx._bf16(exact, bundle, bundle.manifest, lambda text: None) == {}
 
 
 def test_manifest_says_what_the_checkpoint_and_its_config_say(exported: Exported) -> None:
