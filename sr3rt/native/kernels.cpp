@@ -119,33 +119,35 @@ struct OfPairs {
 };
 using OfWords = std::conditional_t<WORD == 1, OfFloats, OfPairs>;
 
-// The register block: `rows` rows by one panel, summed over the depth in order. What is there already is added at the end: sums of
-// short sums round less than one long sum.
+// The register block: `rows` rows by one panel, summed in order, SHORT of the depth at a time: sums of short sums round less than one long sum.
 template <class Of, int rows>
 void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, const float* next,
                     float* m, std::size_t m_stride, bool accumulate) {
-    Vec sums[rows][2];
+    for (std::size_t first = 0; first < depth; first += SHORT, accumulate = true) {
+        Vec sums[rows][2];
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
-        for (int half = 0; half < 2; ++half) sums[r][half] = Vec{};
+        for (int r = 0; r < rows; ++r)
+            for (int half = 0; half < 2; ++half) sums[r][half] = Vec{};
+        const std::size_t last = std::min(depth, first + SHORT);
 #pragma GCC unroll 4
-    for (std::size_t k = 0; k < depth; ++k) {
-        const Vec left = load(b), right = load(b + LANES);
-        __builtin_prefetch(next, 0, 2);
-        b += b_stride, next += PANEL / 4;
+        for (std::size_t k = first; k < last; ++k) {
+            const Vec left = load(b), right = load(b + LANES);
+            __builtin_prefetch(next, 0, 2);
+            b += b_stride, next += PANEL / 4;
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-            const Vec one = Of::splat(a + r * a_stride + k);
-            sums[r][0] = Of::add(sums[r][0], one, left);
-            sums[r][1] = Of::add(sums[r][1], one, right);
+            for (int r = 0; r < rows; ++r) {
+                const Vec one = Of::splat(a + r * a_stride + k);
+                sums[r][0] = Of::add(sums[r][0], one, left);
+                sums[r][1] = Of::add(sums[r][1], one, right);
+            }
         }
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r)
+            for (int half = 0; half < 2; ++half) {
+                float* to = m + r * m_stride + half * LANES;
+                store(to, accumulate ? load(to) + sums[r][half] : sums[r][half]);
+            }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
-        for (int half = 0; half < 2; ++half) {
-            float* to = m + r * m_stride + half * LANES;
-            store(to, accumulate ? load(to) + sums[r][half] : sums[r][half]);
-        }
 }
 
 using Block = void (*)(std::size_t, const float*, std::size_t, const float*, std::size_t, const float*, float*, std::size_t, bool);
@@ -290,7 +292,6 @@ const Kernels SR3_KERNELS{
     .name = SR3_NAME,
     .lanes = LANES,
     .word = WORD,
-    .depth = DEPTH,
     .fill = &fill,
     .pack = &pack,
     .round = &round,

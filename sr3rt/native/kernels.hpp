@@ -15,6 +15,7 @@ constexpr int TILE = 4;                // outputs of a Winograd tile, each way: 
 constexpr int POINTS = 36;             // products in place of those 16 outputs · 9 taps
 constexpr int SOURCES = 4;             // most registers that are joined
 constexpr std::size_t ALIGNMENT = 64;  // bytes
+constexpr std::size_t DEPTH = 64;      // words of input channels whose weights are transformed at a time
 
 constexpr std::size_t rounded_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
 
@@ -64,7 +65,6 @@ struct Kernels {
     const char* name;
     int lanes;  // floats in a vector; a panel is two of them
     int word;   // input channels in a word: 1 of float32, or 2 of bfloat16
-    std::size_t depth;  // words that are summed at a time, and whose weights are transformed at a time
 
     // Rows [row, row+rows) and columns [column, column+columns) of the input's channels [first, last), zeros outside the picture.
     void (*fill)(const Input&, int row, int column, int rows, int columns, std::size_t first, std::size_t last, float* out);

@@ -23,7 +23,7 @@ using Vec = float __attribute__((vector_size(4 * LANES)));
 using Ints = std::int32_t __attribute__((vector_size(4 * LANES)));
 using Words = std::uint32_t __attribute__((vector_size(4 * LANES)));
 constexpr int WORD = SR3_WORD;
-constexpr std::size_t DEPTH = WORD == 1 ? 32 : 64;  // short sums round less; of bfloat16 that is nothing beside the operands' rounding
+constexpr std::size_t SHORT = WORD == 1 ? 32 : 256;  // most words of one sum; the operands of bfloat16 are rounded far more
 
 // Loads and stores at any address: most are aligned, and those cost nothing more.
 inline Vec load(const float* from) {
@@ -36,13 +36,14 @@ inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec splat(float value) { return value - Vec{}; }
 
-// Words: what products are made of.
+// Words: what products are made of. Operands lie one after the other, WORD of them in a lane; a vector of words has WORD halves of
+// LANES operands each.
 #if SR3_WORD == 1
-inline void store_operands(float* to, std::size_t operand, Vec v) { store(to + operand, v); }
-inline Vec word_of(Vec, Vec only) { return only; }
-inline Vec operand(Vec word, int) { return word; }
-inline Vec dot(Vec sum, Vec a, Vec b) { return sum + a * b; }
+inline Vec operands(const float* words, int) { return load(words); }
+inline void store_operands(float* words, std::size_t at, Vec v) { store(words + at, v); }
+inline Vec word_of(Vec only, Vec) { return only; }
 inline Vec splat_word(const float* word) { return splat(*word); }
+inline Vec dot(Vec sum, Vec a, Vec b) { return sum + a * b; }
 #else
 template <class To, class From>
 inline To as(From from) {
@@ -52,12 +53,22 @@ inline To as(From from) {
     return to;
 }
 
+using Halves = std::uint16_t __attribute__((vector_size(2 * LANES)));
 constexpr std::uint32_t HIGH = 0xFFFF0000u;
 
-// Half of each lane's word, as float32.
-inline Vec operand(Vec word, int half) {
-    return as<Vec>(half == 0 ? as<Words>(word) << 16 : as<Words>(word) & HIGH);
+inline Vec operands(const float* words, int half) {
+    Halves bits;
+    std::memcpy(&bits, words + half * LANES / 2, sizeof bits);
+    return as<Vec>(__builtin_convertvector(bits, Words) << 16);
 }
+
+// To bfloat16, the nearest, ties to even; in the upper half.
+inline Words rounded(Vec v) {
+    const Words bits = as<Words>(v);
+    return (bits + (0x7FFFu + ((bits >> 16) & 1u))) & HIGH;
+}
+
+inline Vec word_of(Vec first, Vec second) { return as<Vec>(rounded(second) | (rounded(first) >> 16)); }
 
 // The word of every lane, by its bits.
 inline Vec splat_word(const float* word) {
@@ -67,38 +78,22 @@ inline Vec splat_word(const float* word) {
 }
 
 #ifdef __AVX512BF16__
-inline void store_operands(float* to, std::size_t operand, Vec v) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(as<__m512>(v));
-    std::memcpy(reinterpret_cast<std::uint16_t*>(to) + operand, &rounded, sizeof rounded);
-}
-
-inline Vec word_of(Vec first, Vec second) {
-    using Halves = std::uint16_t __attribute__((vector_size(64)));
-    constexpr Halves MIXED = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512bh both = _mm512_cvtne2ps_pbh(as<__m512>(second), as<__m512>(first));
-    return as<Vec>(_mm512_permutexvar_epi16(as<__m512i>(MIXED), as<__m512i>(both)));
+inline void store_operands(float* words, std::size_t at, Vec v) {
+    const __m256bh half = _mm512_cvtneps_pbh(as<__m512>(v));
+    std::memcpy(reinterpret_cast<std::uint16_t*>(words) + at, &half, sizeof half);
 }
 
 inline Vec dot(Vec sum, Vec a, Vec b) { return as<Vec>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(a), as<__m512bh>(b))); }
-#else  // the same on any processor, for tests
-// To bfloat16, the nearest, ties to even; in the upper half.
-inline Words rounded(Vec v) {
-    const Words bits = as<Words>(v);
-    return (bits + (0x7FFFu + ((bits >> 16) & 1u))) & HIGH;
+#else  // the same on any processor
+inline void store_operands(float* words, std::size_t at, Vec v) {
+    const Halves half = __builtin_convertvector(rounded(v) >> 16, Halves);
+    std::memcpy(reinterpret_cast<std::uint16_t*>(words) + at, &half, sizeof half);
 }
 
-inline Vec word_of(Vec first, Vec second) { return as<Vec>(rounded(second) | (rounded(first) >> 16)); }
-
-inline void store_operands(float* to, std::size_t operand, Vec v) {
-    const Words bits = rounded(v);
-    std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(to) + operand;
-    for (int lane = 0; lane < LANES; ++lane) {
-        const std::uint16_t half = static_cast<std::uint16_t>(bits[lane] >> 16);
-        std::memcpy(halves + lane, &half, sizeof half);
-    }
+inline Vec dot(Vec sum, Vec a, Vec b) {
+    const Words left = as<Words>(a), right = as<Words>(b);
+    return (sum + as<Vec>(left & HIGH) * as<Vec>(right & HIGH)) + as<Vec>(left << 16) * as<Vec>(right << 16);
 }
-
-inline Vec dot(Vec sum, Vec a, Vec b) { return (sum + operand(a, 1) * operand(b, 1)) + operand(a, 0) * operand(b, 0); }
 #endif
 #endif
 

@@ -24,13 +24,12 @@ class Winograd final : public Convolution {
         : Convolution(kernels, registers, std::move(options), outputs, 3, std::move(bias)),
           panel_(2 * kernels.lanes),
           all_(words(inputs_)),
-          chunk_(kernels.depth),
-          depth_(std::min(chunk_, all_)),
+          depth_(std::min(DEPTH, all_)),
           weights_(in_words(kernels, packed(kernels, registers, weight), panels(), 9 * panel_)) {
         tile_stride_ = all_ % 256 == 0 ? all_ + 16 : all_;  // rows 1 KiB apart would share few sets of the cache
         if (inputs_ * padded_ > KEPT) return;
         kept_ = true;
-        depth_ = all_ < 2 * chunk_ ? all_ : chunk_;
+        depth_ = std::min(2 * DEPTH, all_);
         Floats points = floats(panels() * POINTS * weights_plane());
         for (std::size_t p = 0; p < panels(); ++p)
             kernels.transform_weights(weights_.get() + p * all_ * 9 * panel_, all_, points.get() + p * POINTS * weights_plane(),
@@ -44,7 +43,7 @@ class Winograd final : public Convolution {
         const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
         if (all > SMALL) return {norms, strip() + POINTS * (points_plane(BLOCK) + GROUP * sums_plane(BLOCK)) + weights};
         const std::size_t together = all * std::min(count, at_once(all));
-        const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * chunk_ * word_;
+        const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * DEPTH * word_;
         return {norms + POINTS * points_plane(together), std::max(chunk, GROUP * POINTS * sums_plane(together) + weights)};
     }
 
@@ -153,7 +152,7 @@ class Winograd final : public Convolution {
         const View& out = run.views[to];
         const int down = tiles(out.height), across = tiles(out.width);
         const std::size_t all = static_cast<std::size_t>(down) * across, count = all * pictures, plane = points_plane(count);
-        const std::size_t width = chunk_ * word_, chunks = (inputs_ + width - 1) / width;
+        const std::size_t width = DEPTH * word_, chunks = (inputs_ + width - 1) / width;
         const float* norms = run.shared;
         float* points = run.shared + rounded_up(norms_size(run.planar.count), 16);
         run.pool.run(pictures * chunks, [&](std::size_t piece, unsigned thread) {
@@ -178,8 +177,7 @@ class Winograd final : public Convolution {
         });
     }
 
-    std::size_t panel_;
-    std::size_t all_, chunk_, depth_, tile_stride_;  // words: of the inputs, transformed at a time, summed at a time, from tile to tile
+    std::size_t panel_, all_, depth_, tile_stride_;  // words: of the inputs, multiplied at a time, from tile to tile
     Floats weights_;                                 // packed, or, where kept_, their transforms: [panel][36 planes of [word][lane]]
     bool kept_ = false;
 };

@@ -51,31 +51,24 @@ inline void output_line(const Vec* m, int from, Vec* t, int to) {
     t[3 * to] = (NEAR2 * NEAR) * d1 + ((FAR2 * FAR) * d2 + m[5 * from]);
 }
 
-// G g Gᵀ of the weights [9][panel] in one half of their words: put(point, value) for each of the 36.
-template <class Put>
-[[gnu::always_inline]] inline void weight_points(const float* taps, int half, const Put& put) {
-    Vec g[9], rows[18];
-    for (int i = 0; i < 9; ++i) g[i] = operand(load(taps + i * PANEL), half);
-    for (int i = 0; i < 3; ++i) weight_line(g + i, 3, rows + i, 3);
-    for (int y = 0; y < 6; ++y) {
-        Vec t[6];
-        weight_line(rows + 3 * y, 1, t, 1);
-        for (int x = 0; x < 6; ++x) put(6 * y + x, t[x]);
-    }
-}
-
 template <class Plane>
 [[gnu::always_inline]] inline void transform_weights(const float* packed, std::size_t words, float* points, Plane plane) {
     constexpr int SIZE = 9 * PANEL, AHEAD = 24 * SIZE;  // floats: read from main memory, as a rule
     for (std::size_t word = 0; word < words; ++word) {
         const float* taps = packed + word * SIZE;
         for (int i = 0; i < SIZE; i += LINE) __builtin_prefetch(taps + AHEAD + i, 0, 2);
-        for (int first = 0; first < PANEL; first += LANES) {
-            Vec before[POINTS];  // of the word's other half
-            if (WORD == 2) weight_points(taps + first, 0, [&](int point, Vec v) { before[point] = v; });
-            float* to = points + word * PANEL + first;
-            weight_points(taps + first, WORD - 1, [&](int point, Vec v) { store(to + point * plane, word_of(before[point], v)); });
-        }
+        for (int first = 0; first < PANEL; first += LANES)
+            for (int half = 0; half < WORD; ++half) {
+                float* to = points + word * PANEL + first;
+                Vec g[9], rows[18];
+                for (int i = 0; i < 9; ++i) g[i] = operands(taps + i * PANEL + first, half);
+                for (int i = 0; i < 3; ++i) weight_line(g + i, 3, rows + i, 3);
+                for (int y = 0; y < 6; ++y) {
+                    Vec t[6];
+                    weight_line(rows + 3 * y, 1, t, 1);
+                    for (int x = 0; x < 6; ++x) store_operands(to + (6 * y + x) * plane, half * LANES, t[x]);
+                }
+            }
     }
 }
 

@@ -314,7 +314,7 @@ double median(std::vector<double> values) {
 // that stay in the second-level cache.
 void time(const Kernels& kernels, double budget) {
     std::mt19937 generator(1);
-    const std::size_t lanes = kernels.lanes, panel = 2 * lanes, channels = 128, tiles = 32, pixels = 16 * tiles, depth = kernels.depth;
+    const std::size_t lanes = kernels.lanes, panel = 2 * lanes, channels = 128, tiles = 32, pixels = 16 * tiles, depth = DEPTH;
     const std::size_t plane = plane_of(depth * panel);
     const std::size_t inputs = depth * kernels.word;  // of so many words
     const Floats in(18 * 34 * channels, generator), factor(channels, generator), packed(depth * 9 * panel);  // zeros: any bits would do
