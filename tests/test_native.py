@@ -379,6 +379,17 @@ def test_threads_and_neighbours_change_no_bit(shipped: Bundle, pictures: tuple[F
             assert (run(network, *(array[i : i + 1] for array in pictures)) == expected[i : i + 1]).all()
 
 
+def test_large_pictures_of_a_batch_take_the_memory_of_one(shipped: Bundle) -> None:
+    """They are made one after the other, in the same bits; small ones together."""
+    network = native.load(shipped, Request("native", threads=1))
+    assert network.memory(5, 192, 200) == network.memory(1, 192, 200)
+    assert network.memory(5, 64, 64) > 2 * network.memory(1, 64, 64)
+    arrays = random(3, 3, 192, 200), random(3, 3, 192, 200) * 2, np.array([[0.9], [0.3], [0.01]], np.float32)
+    found = run(network, *arrays)
+    for i in range(3):
+        assert (run(network, *(array[i : i + 1] for array in arrays)) == found[i : i + 1]).all()
+
+
 def test_what_a_network_did_before_changes_no_bit(shipped: Bundle, pictures: tuple[Floats, Floats, Floats]) -> None:
     """Its memory is used again, for larger and smaller pictures."""
     network = backends.load(shipped, Request("native", threads=2))

@@ -81,6 +81,8 @@ class Layer {
     virtual ~Layer() = default;
     virtual Extent extent(const std::vector<Extent>& registers, int height, int width) const = 0;
     virtual Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const = 0;
+    // Whether so many threads make pictures faster together than one by one.
+    virtual bool shares(const std::vector<Extent>&, std::size_t) const { return false; }
     virtual void run(const Run&) const = 0;
 };
 

@@ -222,7 +222,7 @@ Extent Network::result_extent(int height, int width) const {
 }
 
 std::size_t Network::memory_of(std::size_t count, int height, int width) const {
-    const std::size_t size = plan(count, height, width).size, held = arena_size_;
+    const std::size_t size = plan(together(count, height, width), height, width).size, held = arena_size_;
     return (size > held ? size - held : 0) * sizeof(float);
 }
 
@@ -252,14 +252,33 @@ std::vector<std::vector<float>> Network::levels(const Planar& planar) {
 
 void Network::forked() { new (&mutex_) std::mutex; }
 
+// All, or one, which stays nearer: in a batch every layer would read what has left the caches since it was written.
+std::size_t Network::together(std::size_t count, int height, int width) const {
+    const Plan one = plan(1, height, width);
+    const auto shares = [&](const auto& layer) { return layer->to >= 0 && layer->shares(one.extents, pool_.threads()); };
+    return std::any_of(layers_.begin(), layers_.end(), shares) ? count : 1;
+}
+
 void Network::run(const Planar& planar) {
     const std::lock_guard guard(mutex_);
-    const Plan plan = this->plan(planar.count, planar.height, planar.width);
+    const std::size_t some = together(planar.count, planar.height, planar.width);
+    const Plan plan = this->plan(some, planar.height, planar.width);
+    const Extent made = layers_.back()->extent(plan.extents, planar.height, planar.width);
+    const auto size_of = [&](int height, int width) { return planar.channels * static_cast<std::size_t>(height) * width; };
+    const std::size_t size = size_of(planar.height, planar.width), out_size = size_of(made.height, made.width);
     if (plan.size > arena_size_) {
         arena_.reset(), arena_size_ = 0;
         arena_ = floats(plan.size);
         arena_size_ = plan.size;
     }
+    for (std::size_t first = 0; first < planar.count; first += some) {  // `some` divides the count
+        Planar part = planar;
+        part.x += first * size, part.y += first * size, part.out += first * out_size, part.level += first, part.count = some;
+        run_some(part, plan);
+    }
+}
+
+void Network::run_some(const Planar& planar, const Plan& plan) {
     std::vector<View> views(registers_.size());
     for (std::size_t i = 0; i < views.size(); ++i) {
         const Extent& extent = plan.extents[i];

@@ -75,6 +75,8 @@ class Network {
     const Register& checked(int index) const;
     std::size_t lanes() const { return static_cast<std::size_t>(kernels_.lanes); }
     std::size_t register_size(std::size_t index, const Extent&, std::size_t count) const;
+    std::size_t together(std::size_t count, int height, int width) const;  // pictures that are run at a time
+    void run_some(const Planar&, const Plan&);
     Plan plan(std::size_t count, int height, int width) const;
     std::vector<std::vector<float>> levels(const Planar&);
 

@@ -47,6 +47,13 @@ class Winograd final : public Convolution {
         return {norms + POINTS * points_plane(together), std::max(chunk, GROUP * POINTS * sums_plane(together) + weights)};
     }
 
+    // Of small pictures one reading of the weights serves several; of large ones a few have not the blocks for many threads.
+    bool shares(const std::vector<Extent>& registers, std::size_t threads) const override {
+        const auto [height, width, units] = extent(registers, 0, 0);
+        const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
+        return all <= SMALL ? at_once(all) > 1 : all < 4 * BLOCK * threads;
+    }
+
     // Large pictures are cut into blocks of tiles, each done whole by one thread, transforms and all. Of small ones there are too few
     // blocks to share out and too many weights to read for each: the input's transforms are made first, then the panels are shared.
     void run(const Run& run) const override {
