@@ -70,13 +70,13 @@ def upscale(
     backend
         auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2), onnxruntime, or torch (a GPU; needs PyTorch).
     precision
-        auto, fp32 or fp16.
+        auto, fp32, fp16 or bf16.
     device
         auto, cpu, cuda, or cuda:1 for the second GPU.
     threads
         0: one for each core that this process may use.
     rerun
-        Do again in fp32 what overflows in fp16, and say so; it is an error otherwise.
+        Do again in fp32 what overflows in fp16 or bf16, and say so; it is an error otherwise.
     overwrite
         Replace outputs that exist; they are skipped otherwise.
     compare
@@ -226,7 +226,7 @@ def serve(
     backend
         auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2), onnxruntime, or torch (a GPU; needs PyTorch).
     precision
-        auto, fp32 or fp16.
+        auto, fp32, fp16 or bf16.
     device
         auto, cpu, cuda, or cuda:1 for the second GPU.
     threads
