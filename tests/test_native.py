@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,71 +22,25 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from programs import LEVEL, Program, bands, bundle_in, convolution, program, random, run, tensors
 
 import sr3rt
-from sr3rt import _native, backends, safetensors
+from sr3rt import _native, backends
 from sr3rt.backends import Floats, Request, native
 from sr3rt.backends.native import compiled
-from sr3rt.bundle import PROGRAM, WEIGHTS, Bundle, write_manifest, writing
+from sr3rt.bundle import Bundle
 from sr3rt.errors import BackendError, BundleCorrupt
 from sr3rt.upscaler import SHIPPED
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
-Program = dict[str, Any]
-Tensors = dict[str, Floats]
 
 PHOTO = Path(__file__).parent / "data" / "kodim23_crop.png"
 
 
-LEVEL = {"input": "level", "scale": 1.0, "frequencies": "f", "layers": [], "silu": False}
-
-
-def convolution(**changes: Any) -> Program:
-    """From x and y to the result, in one operation."""
-    plain = {
-        "norm": None,
-        "silu": False,
-        "resample": None,
-        "bias": None,
-        "stride": 1,
-        "level": None,
-        "after": None,
-        "add": None,
-        "gain": 1.0,
-    }
-    return {"do": "convolution", "from": ["x", "y"], "to": "out", "weight": "w", **plain, **changes}
-
-
-def bands(way: str, to: str, *sources: str, detail: float = 1.0) -> Program:
-    coarse = {"coarse": 1.0} if way == "from" else {}
-    return {"do": f"{way}_bands", "from": list(sources), "to": to, "detail": detail, **coarse}
-
-
-def program(*operations: Program, **changes: Any) -> Program:
-    return {"format": 1, "level": LEVEL, "operations": list(operations), **changes}
-
-
-def random(*shape: int) -> Floats:
-    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
-
-
-def tensors() -> Tensors:
-    return {"f": random(2), "w": random(3, 6, 3, 3), "w1": random(3, 3, 1, 1), "b": random(3), "six": random(6), "level": random(3, 4)}
-
-
 @pytest.fixture
 def bundle(tmp_path: Path) -> Callable[..., Bundle]:
-    """`bundle(program, **facts)`: a bundle that has only that, of pictures with three channels; `facts` of its manifest."""
-
-    def made(program: Program, **facts: Any) -> Bundle:
-        with writing(tmp_path / "bundle", overwrite=True) as folder:
-            (folder / PROGRAM).write_text(json.dumps(program))
-            safetensors.write(folder / WEIGHTS, tensors())
-            write_manifest(folder, replace(tiny.manifest(), **facts))
-        return Bundle.open(tmp_path / "bundle")
-
-    return made
+    return bundle_in(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +52,6 @@ def shipped() -> Bundle:
 def pictures() -> tuple[Floats, Floats, Floats]:
     """x, y and levels of three pictures for the shipped network."""
     return random(3, 3, 40, 24), random(3, 3, 40, 24) * 2, np.array([[0.9], [0.3], [0.01]], np.float32)
-
-
-def run(network: backends.Network, x: Floats, y: Floats, level: Floats) -> Floats:
-    out = np.full_like(y, np.nan)
-    network.bind(x, y, level, out)()
-    return out
 
 
 # --- what auto takes
@@ -128,64 +75,6 @@ def test_auto_takes_onnxruntime_on_a_processor_without_avx2(monkeypatch: pytest.
 def test_auto_says_of_every_backend_why_it_cannot(shipped: Bundle) -> None:
     with pytest.raises(BackendError, match=r"no backend can do this: tensorrt: .*; native: the native backend has fp32 .*; onnxruntime: "):
         backends.load(shipped, Request(precision="fp8"))
-
-
-# --- bfloat16
-
-
-def figures(**worst: float) -> dict[str, Any]:
-    """A bundle's figures for bfloat16, with limits of 0.02."""
-    return {f"bf16 {name}": {"worst": value, "limit": 0.02} for name, value in worst.items()}
-
-
-@pytest.mark.parametrize(
-    ("parity", "taken"),
-    [
-        (figures(net=0.01, picture=0.02), "bf16"),
-        (figures(net=0.03, picture=0.01), "fp32"),
-        (figures(net=0.01), "fp32"),
-        ({}, "fp32"),
-    ],
-    ids=["within", "beyond", "half", "none"],
-)
-def test_auto_takes_bfloat16_where_the_bundles_figures_are_within_their_limits(
-    bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, parity: dict[str, Any], taken: str
-) -> None:
-    made = bundle(program(convolution()), parity=parity)
-    if _native.bfloat16():
-        assert backends.load(made, Request()).precision == taken
-    monkeypatch.setattr(_native, "bfloat16", lambda: None)
-    assert backends.load(made, Request()).precision == "fp32"
-
-
-def test_bfloat16_is_refused_without_instructions_for_it(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "bfloat16", lambda: None)
-    with pytest.raises(BackendError, match=r"'bf16' needs a processor with AVX512-BF16 \(Intel since .*\): use auto or fp32"):
-        backends.load(shipped, Request("native", "bf16"))
-
-
-def test_the_shipped_model_says_that_bfloat16_suffices(shipped: Bundle) -> None:
-    """And so it does: the same run, in float32 and in bfloat16, on any processor."""
-    assert native.holds_bf16(shipped.manifest)
-    assert shipped.manifest.parity["bf16 picture"]["psnr"] > 60
-    networks = [backends.load(shipped, Request("native", "fp32")), native.in_bf16(shipped, Request("native"))]
-    assert [network.precision for network in networks] == ["fp32", "bf16"]
-    x = random(1, 3, 64, 64).clip(-1, 1)
-    exact, rounded = (run(network, x, x * 0.7, np.full((1, 1), 0.7, np.float32)) for network in networks)
-    assert 1e-5 < np.abs(rounded - exact).max() < 0.03
-
-
-def test_what_bfloat16_cannot_hold_is_done_again_in_float32(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`rerun` as with float16 on a GPU."""
-    half = native.in_bf16(shipped, Request("native"))
-    monkeypatch.setattr(half, "bind", lambda x, y, level, out: lambda: out.fill(np.nan))
-    loaded = native.load
-    monkeypatch.setattr(native, "load", lambda bundle, request: loaded(bundle, request) if request.precision == "fp32" else half)
-    small = np.zeros((4, 4, 3), np.uint8)
-    with pytest.raises(sr3rt.SR3Error, match="step"):
-        sr3rt.load(backend="native").upscale(small, steps=2)
-    with pytest.warns(RuntimeWarning):
-        assert sr3rt.load(backend="native", rerun=True).upscale(small, steps=2).shape == (16, 16, 3)
 
 
 # --- what is refused

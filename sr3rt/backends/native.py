@@ -45,8 +45,14 @@ def load(bundle: Bundle, request: Request) -> NativeNetwork:
 
 def holds_bf16(manifest: Manifest) -> bool:
     """Whether the bundle's own figures for bfloat16 are within their limits; False where it has none."""
-    figures = [manifest.parity.get(f"bf16 {name}") for name in ("net", "picture")]
-    return all(isinstance(figure, Mapping) and figure["worst"] <= figure["limit"] for figure in figures)
+    return all(_within(manifest.parity.get(f"bf16 {name}")) for name in ("net", "picture"))
+
+
+def _within(figure: Any) -> bool:
+    if not isinstance(figure, Mapping):
+        return False
+    worst, limit = figure.get("worst"), figure.get("limit")
+    return isinstance(worst, float) and isinstance(limit, float) and worst <= limit
 
 
 def in_bf16(bundle: Bundle, request: Request) -> NativeNetwork:

@@ -72,7 +72,7 @@ struct Kernels {
     // Rows of `size` floats, one for each input channel, -> rows of words, in place or elsewhere. `channels` is a multiple of `word`.
     void (*pack)(const float* rows, std::size_t channels, std::size_t size, float* words);
 
-    // [channels] floats of each of `pixels` pixels -> words, in place or elsewhere.
+    // `count` floats, those of whole pixels one after the other, -> words, in place or elsewhere.
     void (*round)(const float* values, std::size_t count, float* words);
 
     // packed: [words][9][panel] -> points: [36] planes of [words][panel], `plane` words apart.
