@@ -201,7 +201,7 @@ def _write_golden(bundle: Bundle, folder: Path, engines: Mapping[str, Mapping[st
     """golden.json in `folder`: what each engine must answer, by the float32 network on the CPU; of those `kept`, what the bundle says."""
     before = json.loads(bundle.read(GOLDEN)) if GOLDEN in bundle.manifest.files else {}
     golden = {name: before[name] for name in kept if name in before}
-    reference = backends.load(bundle, backends.Request(device="cpu")) if engines.keys() - golden else None
+    reference = backends.load(bundle, backends.Request(precision="fp32", device="cpu")) if engines.keys() - golden else None
     answers: dict[Shape, list[float]] = {}
     for name in engines.keys() - golden:
         key = EngineKey.of(engines[name])

@@ -97,10 +97,8 @@ def test_auto_takes_the_engines_and_the_pictures_are_the_cpus(where: str, built:
         put(right)
     elif cuda_on_host.absent():
         pytest.skip("there is no GPU here")
-    on_cpu, pictures = (
-        sr3rt.load(SHIPPED, device="cpu", precision="fp32"),
-        [photograph(), photograph()[::-1].copy(), photograph()[:, ::-1].copy()],
-    )
+    on_cpu = sr3rt.load(SHIPPED, device="cpu", precision="fp32")
+    pictures = [photograph(), photograph()[::-1].copy(), photograph()[:, ::-1].copy()]
     for precision, least in (("fp16", 40), ("fp32", 60)):
         up = sr3rt.load(built) if precision == "fp16" else sr3rt.load(built, precision=precision)
         assert (up.network.backend, up.network.precision, up.network.device) == ("tensorrt", precision, "cuda:0")
