@@ -88,11 +88,12 @@ def test_every_result_is_the_jobs_own_whoever_shares_the_batch() -> None:
     jobs = [
         job(i, pick.randint(1, 12), pick.choice([SMALL, LARGE, (3, 16, 8)]), pick.choice(["sr3", "ddim", "dpm++2m"])) for i in range(60)
     ]
-    batcher = Batcher(Arithmetic(), slots=4)
-    tickets = []
+    gate = Gate(allowed=0)
+    batcher, tickets = Batcher(gate, slots=4), []
     for one in jobs:
         tickets.append(batcher.submit(one))
-        time.sleep(pick.random() * 0.002)
+        gate.calls.release(pick.randint(1, 3))
+    gate.open()
     for one, ticket in zip(jobs, tickets, strict=True):
         assert ticket.future.result(20) == pytest.approx(alone(one), abs=1e-5)
     counts = batcher.counts()
