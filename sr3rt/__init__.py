@@ -37,9 +37,11 @@ from sr3rt.errors import (
 )
 
 if TYPE_CHECKING:
+    from sr3rt.cascade import Cascade
     from sr3rt.decoding import Limits
+    from sr3rt.result import Result
     from sr3rt.saving import save
-    from sr3rt.upscaler import Result, Upscaler, load, upscale
+    from sr3rt.upscaler import Upscaler, load, upscale
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "BundleIncompatible",
     "BundleNotFound",
     "Cancelled",
+    "Cascade",
     "CheckpointError",
     "DeadlineExceeded",
     "EngineRefused",
@@ -71,16 +74,20 @@ __all__ = [
     "upscale",
 ]
 
+_AT = {
+    "Cascade": "sr3rt.cascade",
+    "Limits": "sr3rt.decoding",
+    "Result": "sr3rt.result",
+    "Upscaler": "sr3rt.upscaler",
+    "load": "sr3rt.upscaler",
+    "save": "sr3rt.saving",
+    "upscale": "sr3rt.upscaler",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("Limits", "Result", "Upscaler", "load", "upscale"):
-        from sr3rt import upscaler
-
-        return getattr(upscaler, name)
-    if name == "save":
-        from sr3rt import saving
-
-        return saving.save
+    if name in _AT:
+        return getattr(import_module(_AT[name]), name)
     if name == "_native":
         try:
             return import_module("sr3rt._native")

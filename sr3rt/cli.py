@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -30,8 +30,8 @@ def upscale(
     *,
     input: Annotated[Path, Parameter(name=["--input", "-i"])],
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    model: Annotated[Path | None, Parameter(name=["--model", "-m"])] = None,
-    steps: Annotated[int | None, Parameter(name=["--steps", "-n"])] = None,
+    model: Annotated[list[Path] | None, Parameter(name=["--model", "-m"])] = None,
+    steps: Annotated[list[int] | None, Parameter(name=["--steps", "-n"])] = None,
     sampler: str | None = None,
     seed: int | None = None,
     consistency: Consistency | None = None,
@@ -56,9 +56,9 @@ def upscale(
     output
         The picture to write, whose suffix says the format; or a folder, where results become NAME.png.
     model
-        A bundle; the small 4× model for photographs that ships when not given.
+        A bundle; the small 4× model for photographs that ships when not given. Given again (-m A -m B), a cascade: B upscales what A made.
     steps
-        Refinement steps; more are slower. The bundle's own number when not given.
+        Refinement steps; more are slower. The bundle's own number when not given. Given again, of each model of a cascade.
     sampler
         sr3, posterior, ddim, ddim(ETA) or dpm++2m; the bundle's own when not given.
     seed
@@ -82,8 +82,9 @@ def upscale(
     compare
         Also write NAME-compare.png: input, bicubic and result side by side.
     provenance
-        Note bundle, seed, steps and sampler in the output's metadata; --no-provenance leaves them out.
+        Note bundle, seed, steps, sampler and precision in the output's metadata; --no-provenance leaves them out.
     """
+    from sr3rt.cascade import Cascade
     from sr3rt.images import read
     from sr3rt.saving import check_target
     from sr3rt.upscaler import load
@@ -94,17 +95,19 @@ def upscale(
         errors.print(f"{len(work) - len(todo)} of {len(work)} outputs exist and are skipped (--overwrite replaces them)")
     if not todo:
         return 0
-    upscaler = load(model, backend=backend, precision=precision, device=device, threads=threads, rerun=rerun)
+    options: dict[str, Any] = {"backend": backend, "precision": precision, "device": device, "threads": threads, "rerun": rerun}
+    upscaler = Cascade(*(load(one, **options) for one in model or (None,)))
+    counts = steps[0] if steps and len(steps) == 1 else steps
     failed = 0
     with _bar(len(todo)) as start:
         for source, target in todo:
             try:
                 with warnings.catch_warnings(action="ignore"):  # the run gives them
                     picture = read(source, limits=upscaler.limits)
-                check_target(picture, target, scale=upscaler.bundle.manifest.scale)  # before minutes of work
+                check_target(picture, target, scale=upscaler.scale)  # before minutes of work
                 (result,) = upscaler.run(
                     source,
-                    steps=steps,
+                    steps=counts,
                     sampler=sampler,
                     seed=seed,
                     consistency=consistency,

@@ -22,17 +22,26 @@ Tile = int | Literal["auto", "off"]
 """Side of the windows that a picture is refined in, pixels of the result; "off": whole; "auto": whole where that is possible."""
 
 
-class Options(TypedDict, total=False):
-    """What a run can be told; `Upscaler.run` says what each means."""
-
-    steps: int | None
+class _Common(TypedDict, total=False):
     sampler: str | None
     schedule: str | Sequence[float] | None
     seed: int | Sequence[int] | None
     consistency: Consistency | None
     tile: Tile
     on_step: OnStep | None
+
+
+class Options(_Common, total=False):
+    """What a run can be told; `Upscaler.run` says what each means."""
+
+    steps: int | None
     noise: Noise | None
+
+
+class CascadeOptions(_Common, total=False):
+    """What a run of several models can be told; `Cascade.run` says what each means."""
+
+    steps: int | Sequence[int | None] | None
 
 
 def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, Unpack, get_args, overload
+from typing import Any, Unpack, get_args, overload
 
 import numpy as np
 
@@ -23,42 +22,13 @@ from sr3rt.engine import Engines, Job, Noise, Stepper
 from sr3rt.errors import Cancelled, ImageTooLarge, NonFiniteError, OptionError
 from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
 from sr3rt.options import OnStep, Options, Tile, gammas, seeds, whole
+from sr3rt.result import Result
 from sr3rt.samplers import Sampler, Table, table
 from sr3rt.schedule import Schedule, explicit, named, respace, warn_if_noisy_start_is_wrong
 from sr3rt.tiles import SIDES, Assembly, Window, part, pixels, windows
 
 SHIPPED = Path(__file__).parent / "models" / "photo4x"
 """The bundle that `load()` and `upscale()` use when told nothing: 4×, natural photographs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """A picture and how it was made: given to `Upscaler.run`, seed to tile make it again. bundle: its SHA-256."""
-
-    image: Any = field(repr=False)
-    seed: int
-    steps: int
-    sampler: str
-    schedule: str | tuple[float, ...] | None
-    consistency: Consistency
-    tile: int | Literal["off"]
-    bundle: str
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """Text fields for the picture's file."""
-        fields = {
-            "bundle": self.bundle,
-            "seed": str(self.seed),
-            "steps": str(self.steps),
-            "sampler": self.sampler,
-            "consistency": self.consistency,
-        }
-        if self.schedule is not None:
-            fields["schedule"] = self.schedule if isinstance(self.schedule, str) else json.dumps(self.schedule)
-        if self.tile != "off":
-            fields["tile"] = str(self.tile)
-        return {f"sr3rt:{name}": text for name, text in fields.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +80,11 @@ class Upscaler:
         self.threads, self.limits, self._batch = threads, limits or Limits(), batch
         self._engines = Engines(network, threads=threads)
         self._exact = exact and cache(exact)
+
+    @property
+    def scale(self) -> int:
+        """Times that a picture becomes larger, each way."""
+        return self.bundle.manifest.scale
 
     @overload
     def upscale(self, image: Sequence[ImageLike], **options: Unpack[Options]) -> list[Any]: ...
@@ -224,6 +199,7 @@ class Upscaler:
             consistency=plan.consistency,
             tile=task.tile or "off",
             bundle=self.bundle.sha256,
+            precision=self.network.precision,
         )
         if hasattr(result.image, "info"):
             result.image.info.update(result.provenance)

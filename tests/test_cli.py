@@ -159,7 +159,15 @@ def test_the_run_is_noted_in_the_picture(upscale: Command, bundle: Path, photos:
         "sr3rt:steps": "2",
         "sr3rt:sampler": "ddim(0.5)",
         "sr3rt:consistency": "final",
+        "sr3rt:precision": "fp32",
     }
+
+
+def test_two_models_are_a_cascade(upscale: Command, bundle: Path, photos: Path, tmp_path: Path) -> None:
+    assert upscale("-m", bundle, "-i", photos / "a.png", "-o", tmp_path / "out.png", "-n", "2", "-n", "1")[0] == 0
+    picture, original = Image.open(tmp_path / "out.png"), Image.open(photos / "a.png")
+    assert picture.size == (original.width * 16, original.height * 16)
+    assert (picture.info["sr3rt:before:steps"], picture.info["sr3rt:steps"]) == ("2", "1")
 
 
 def test_the_seed_that_was_drawn_makes_the_same_picture_again(upscale: Command, photos: Path, tmp_path: Path) -> None:
