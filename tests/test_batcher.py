@@ -203,15 +203,17 @@ def test_a_cancelled_request_leaves_before_the_next_step_and_its_neighbours_do_n
 
 def test_a_thousand_cancels_leave_nothing_behind() -> None:
     pick = random.Random(3)
-    batcher = Batcher(Arithmetic(), slots=8)
-    kept, gone = [], []
+    gate = Gate(allowed=0)
+    batcher, kept, gone = Batcher(gate, slots=8), [], []
     for i in range(1100):
         ticket = batcher.submit(job(i, pick.randint(4, 20), pick.choice([SMALL, LARGE])))
+        gate.calls.release()
         (kept if i % 11 == 0 else gone).append(ticket)
         if len(gone) >= 8:
             gone[pick.randrange(len(gone) - 8, len(gone))].cancel()
     for ticket in gone:
         ticket.cancel()
+    gate.open()
     batcher.close(drain=60)
     for ticket in kept:
         assert ticket.future.result(0) == pytest.approx(alone(ticket.job), abs=1e-5)
