@@ -104,11 +104,9 @@ def _why_not_peer(device: str) -> str | None:
 
 
 def _why_not_half(device: str) -> str | None:
-    import torch
-
-    if device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if device == "cuda" or _native.bfloat16():
         return None
-    return "this CPU has no bfloat16 instructions (AVX512-BF16 or AMX), and without them PyTorch's bfloat16 is slower than its float32"
+    return "this CPU has no bfloat16 instructions (AVX512-BF16), and without them PyTorch's bfloat16 is slower than its float32"
 
 
 def _why_not_compiled(device: str) -> str | None:

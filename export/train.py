@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from sr3rt import _native
 from sr3rt.bundle import WEIGHTS, Bundle
 from sr3rt.cli import SUFFIXES, run_command
 from sr3rt.errors import MissingExtra, OptionError
@@ -259,7 +260,7 @@ def train(
     gammas = path_gammas()
     losses: list[Tensor] = []
     limit = minutes * 60
-    half = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    half = device != "cpu" or bool(_native.bfloat16())
     crops = Crops(pictures, crop=crop, batch=batch, seed=(seed, run.step))
     begin = time.monotonic()
     for pair in DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):

@@ -15,6 +15,8 @@ from cuda_on_host import Cuda, compiled
 from numpy.typing import NDArray
 
 from sr3rt.backends import kernels
+from sr3rt.bundle import Bundle
+from sr3rt.upscaler import SHIPPED
 
 collect_ignore = [] if find_spec("tritonclient") else ["server"]  # `make test` runs those in an environment of their own
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads would spin beside onnxruntime's
@@ -28,6 +30,12 @@ NAMES = ("sr3_a", "sr3_c", "ddpm_e")
 def golden() -> Callable[[str], dict[str, NDArray[Any]]]:
     """`golden(name)`: the recorded arrays of one of `NAMES`."""
     return lambda name: dict(np.load(GOLDEN / name / "golden.npz"))
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Bundle:
+    """The model that ships."""
+    return Bundle.open(SHIPPED)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from sr3rt import _native, backends
 from sr3rt.backends import Request, native
 from sr3rt.bundle import Bundle
 from sr3rt.errors import BackendError
-from sr3rt.upscaler import SHIPPED
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
@@ -23,11 +22,6 @@ pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.
 @pytest.fixture
 def bundle(tmp_path: Path) -> Callable[..., Bundle]:
     return bundle_in(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Bundle:
-    return Bundle.open(SHIPPED)
 
 
 def figures(**worst: float) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from sr3rt.backends import Floats, Request, native
 from sr3rt.backends.native import compiled
 from sr3rt.bundle import Bundle
 from sr3rt.errors import BackendError, BundleCorrupt
-from sr3rt.upscaler import SHIPPED
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
@@ -41,11 +40,6 @@ PHOTO = Path(__file__).parent / "data" / "kodim23_crop.png"
 @pytest.fixture
 def bundle(tmp_path: Path) -> Callable[..., Bundle]:
     return bundle_in(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Bundle:
-    return Bundle.open(SHIPPED)
 
 
 @pytest.fixture(scope="module")
