@@ -53,6 +53,7 @@ def load(bundle: Bundle, request: Request) -> OrtNetwork:
     options.intra_op_num_threads = request.thread_count
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads would take the loop's processors
     beside = {WEIGHTS, WEIGHTS_BEFORE}.intersection(bundle.manifest.files if name == NETWORK else ())
     weights = {file: bundle.read(file) for file in beside}
     options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], [*map(len, weights.values())])
