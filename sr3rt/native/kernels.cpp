@@ -119,11 +119,25 @@ struct OfPairs {
 };
 using OfWords = std::conditional_t<WORD == 1, OfFloats, OfPairs>;
 
-// The register block: `rows` rows by one panel, summed in order, SHORT of the depth at a time: sums of short sums round less than one long sum.
+// The register block: `rows` rows by one panel, summed in order, SHORT of the depth at a time: sums of short sums round less than one long
+// sum. Those so far stay in registers where they fit, and else in m.
 template <class Of, int rows>
 void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, const float* next,
                     float* m, std::size_t m_stride, bool accumulate) {
-    for (std::size_t first = 0; first < depth; first += SHORT, accumulate = true) {
+    constexpr bool held = 4 * SR3_ROWS + 2 <= REGISTERS;  // of the highest block: no sum's order depends on how rows are cut
+    Vec totals[rows][2];
+    const auto keep = [&](const auto& sums, bool add) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r)
+            for (int half = 0; half < 2; ++half) {
+                float* to = m + r * m_stride + half * LANES;
+                store(to, add ? load(to) + sums[r][half] : sums[r][half]);
+            }
+    };
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+        for (int half = 0; half < 2; ++half) totals[r][half] = Vec{};
+    for (std::size_t first = 0; first < depth; first += SHORT) {
         Vec sums[rows][2];
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
@@ -141,13 +155,15 @@ void multiply_block(std::size_t depth, const float* a, std::size_t a_stride, con
                 sums[r][1] = Of::add(sums[r][1], one, right);
             }
         }
+        if (!held) {
+            keep(sums, accumulate || first > 0);
+            continue;
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
-            for (int half = 0; half < 2; ++half) {
-                float* to = m + r * m_stride + half * LANES;
-                store(to, accumulate ? load(to) + sums[r][half] : sums[r][half]);
-            }
+            for (int half = 0; half < 2; ++half) totals[r][half] += sums[r][half];
     }
+    if (held) keep(totals, accumulate);
 }
 
 using Block = void (*)(std::size_t, const float*, std::size_t, const float*, std::size_t, const float*, float*, std::size_t, bool);

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int LANES = SR3_LANES;
 constexpr int PANEL = 2 * LANES;
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;  // of a vector each
 constexpr int LINE = ALIGNMENT / sizeof(float);  // floats of a cache line
 
 using Vec = float __attribute__((vector_size(4 * LANES)));

@@ -11,8 +11,6 @@ namespace {
 constexpr int BLOCK_ROWS = 4, BLOCK_COLUMNS = 8;             // tiles of a piece of work
 constexpr std::size_t BLOCK = BLOCK_ROWS * BLOCK_COLUMNS;
 constexpr std::size_t SMALL = 64;                            // tiles of a picture up to which panels, not places, are shared out
-constexpr std::size_t GROUP = 2;                             // most panels that are made together from one reading of the input's points
-constexpr std::size_t WIDE = 128;                            // inputs from which on that pays: a block's points do not fit a core's cache
 constexpr std::size_t KEPT = 256 * 128;                      // inputs · outputs up to which transformed weights, four times as large, are kept
 
 int tiles(int pixels) { return (pixels + TILE - 1) / TILE; }
@@ -26,7 +24,6 @@ class Winograd final : public Convolution {
           all_(words(inputs_)),
           depth_(std::min(DEPTH, all_)),
           weights_(in_words(kernels, packed(kernels, registers, weight), panels(), 9 * panel_)) {
-        tile_stride_ = all_ % 256 == 0 ? all_ + 16 : all_;  // rows 1 KiB apart would share few sets of the cache
         if (inputs_ * padded_ > KEPT) return;
         kept_ = true;
         depth_ = std::min(2 * DEPTH, all_);
@@ -39,12 +36,12 @@ class Winograd final : public Convolution {
 
     Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
         const auto [height, width, units] = extent(registers, 0, 0);
-        const std::size_t norms = rounded_up(norms_size(count), 16), weights = kept_ ? 0 : GROUP * POINTS * weights_plane();
+        const std::size_t norms = rounded_up(norms_size(count), 16), weights = kept_ ? 0 : POINTS * weights_plane();
         const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
-        if (all > SMALL) return {norms, strip() + POINTS * (points_plane(BLOCK) + GROUP * sums_plane(BLOCK)) + weights};
+        if (all > SMALL) return {norms, strip() + points_size(BLOCK) + POINTS * sums_plane(BLOCK) + weights};
         const std::size_t together = all * std::min(count, at_once(all));
         const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * DEPTH * word_;
-        return {norms + POINTS * points_plane(together), std::max(chunk, GROUP * POINTS * sums_plane(together) + weights)};
+        return {norms + points_size(together), std::max(chunk, POINTS * sums_plane(together) + weights)};
     }
 
     // Of small pictures one reading of the weights serves several; of large ones a few have not the blocks for many threads.
@@ -74,34 +71,29 @@ class Winograd final : public Convolution {
    private:
     static std::size_t segments(int width) { return (tiles(width) + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS; }
     static std::size_t at_once(std::size_t all) { return std::max<std::size_t>(1, SMALL / all); }  // pictures
-    // Panels of a piece of work: two, unless that would leave threads idle.
-    std::size_t group_for(std::size_t threads) const {
-        const std::size_t pieces = (panels() + GROUP - 1) / GROUP;
-        return inputs_ >= WIDE && (pieces % threads == 0 || pieces >= 4 * threads) ? GROUP : 1;
-    }
     std::size_t weights_plane() const { return plane_of((kept_ ? all_ : depth_) * panel_); }
-    std::size_t points_plane(std::size_t count) const { return plane_of(count * tile_stride_); }
+    std::size_t points_plane(std::size_t count) const { return plane_of(count * depth_); }
+    std::size_t points_size(std::size_t count) const { return (all_ + depth_ - 1) / depth_ * POINTS * points_plane(count); }
+    // Where a word of the points of the first tile lies: what is multiplied at a time lies together.
+    std::size_t points_at(std::size_t word, std::size_t plane) const { return word / depth_ * POINTS * plane + word % depth_; }
     std::size_t sums_plane(std::size_t count) const { return plane_of(count * panel_); }
     std::size_t strip() const { return rounded_up((BLOCK_ROWS * TILE + 2) * (BLOCK_COLUMNS * TILE + 2) * inputs_, 16); }
 
-    // The 36 products of a group of panels: points [tile][word] -> sums [panel][36 planes of [tile][lane]].
-    void multiply(const Run& run, std::size_t begin, std::size_t end, std::size_t count, const float* points, std::size_t plane,
-                  float* sums, float* transformed) const {
-        const std::size_t weights_size = POINTS * weights_plane();
+    // The 36 products of a panel: points [part of the depth][36 planes of [tile][word]] -> sums [36 planes of [tile][lane]].
+    void multiply(const Run& run, std::size_t panel, std::size_t count, const float* points, std::size_t plane, float* sums,
+                  float* transformed) const {
         for (std::size_t first = 0; first < all_; first += depth_) {
             const std::size_t depth = std::min(depth_, all_ - first);
-            const auto packed = [&](std::size_t panel, std::size_t word) { return weights_.get() + (panel * all_ + word) * 9 * panel_; };
-            for (std::size_t panel = begin; !kept_ && panel < end; ++panel)
-                run.kernels.transform_weights(packed(panel, first), depth, transformed + (panel - begin) * weights_size, weights_plane());
-            const float* weights = kept_ ? weights_.get() + begin * weights_size + first * panel_ : transformed;
-            for (int point = 0; point < POINTS; ++point)
-                for (std::size_t panel = 0; panel < end - begin; ++panel) {
-                    const float* here = weights + panel * weights_size + point * weights_plane();
-                    // While it multiplies, the weights that it transforms next come near: a 36th at each point.
-                    const float* next = kept_ ? here : packed(begin + panel, first + depth) + point * depth * panel_ / 4;
-                    run.kernels.multiply(count, depth, points + point * plane + first, tile_stride_, here, panel_, next,
-                                         sums + (panel * POINTS + point) * sums_plane(count), panel_, first > 0);
-                }
+            const auto packed = [&](std::size_t word) { return weights_.get() + (panel * all_ + word) * 9 * panel_; };
+            if (!kept_) run.kernels.transform_weights(packed(first), depth, transformed, weights_plane());
+            const float* weights = kept_ ? weights_.get() + panel * POINTS * weights_plane() + first * panel_ : transformed;
+            for (int point = 0; point < POINTS; ++point) {
+                const float* here = weights + point * weights_plane();
+                // While it multiplies, the weights that it transforms next come near: a 36th at each point.
+                const float* next = kept_ ? here : packed(first + depth) + point * depth * panel_ / 4;
+                run.kernels.multiply(count, depth, points + points_at(first, plane) + point * plane, depth_, here, panel_, next,
+                                     sums + point * sums_plane(count), panel_, first > 0);
+            }
         }
     }
 
@@ -120,25 +112,27 @@ class Winograd final : public Convolution {
         const View& out = run.views[to];
         const int rows = std::min(BLOCK_ROWS, tiles(out.height) - row), columns = std::min(BLOCK_COLUMNS, tiles(out.width) - column);
         const std::size_t count = static_cast<std::size_t>(rows) * columns, plane = points_plane(count);
-        float *points = own + strip(), *sums = points + POINTS * plane, *transformed = sums + GROUP * POINTS * sums_plane(count);
+        float *points = own + strip(), *sums = points + points_size(count), *transformed = sums + POINTS * sums_plane(count);
         const int top = row * TILE - 1, left = column * TILE - 1, high = rows * TILE + 2, wide = columns * TILE + 2;
         const Input in = input(run, picture, norms);
         if (plain() && top >= 0 && left >= 0 && top + high <= out.height && left + wide <= out.width) {
             const std::size_t pixel = in.sources[0].channels, line = pixel * out.width;
-            run.kernels.transform_input(in.sources[0].data + top * line + left * pixel, line, pixel, rows, columns, inputs_, points, plane,
-                                        tile_stride_);
+            transform(run, in.sources[0].data + top * line + left * pixel, line, pixel, rows, columns, points, plane);
         } else {
             run.kernels.fill(in, top, left, high, wide, 0, inputs_, own);
-            run.kernels.transform_input(own, wide * inputs_, inputs_, rows, columns, inputs_, points, plane, tile_stride_);
+            transform(run, own, wide * inputs_, inputs_, rows, columns, points, plane);
         }
-        const std::size_t group = inputs_ < WIDE ? 1 : GROUP;
-        for (std::size_t begin = 0; begin < panels(); begin += group) {
-            const std::size_t end = std::min(panels(), begin + group);
-            multiply(run, begin, end, count, points, plane, sums, transformed);
-            for (std::size_t panel = begin; panel < end; ++panel)
-                write(run, picture, panel, row, column, rows, columns, sums + (panel - begin) * POINTS * sums_plane(count),
-                      sums_plane(count), columns);
+        for (std::size_t panel = 0; panel < panels(); ++panel) {
+            multiply(run, panel, count, points, plane, sums, transformed);
+            write(run, picture, panel, row, column, rows, columns, sums, sums_plane(count), columns);
         }
+    }
+
+    void transform(const Run& run, const float* in, std::size_t line, std::size_t pixel, int rows, int columns, float* points,
+                   std::size_t plane) const {
+        for (std::size_t first = 0; first < all_; first += depth_)
+            run.kernels.transform_input(in + first * word_, line, pixel, rows, columns, std::min(depth_, all_ - first) * word_,
+                                        points + points_at(first, plane), plane, depth_);
     }
 
     // Tiles of one segment, their sums [tile][lane] with rows of tiles `tile_row_stride` apart, to the output.
@@ -168,24 +162,20 @@ class Winograd final : public Convolution {
             const int wide = across * TILE + 2;
             run.kernels.fill(input(run, first + picture, norms), -1, -1, down * TILE + 2, wide, begin, end, own);
             run.kernels.transform_input(own, wide * (end - begin), end - begin, down, across, end - begin,
-                                        points + picture * all * tile_stride_ + words(begin), plane, tile_stride_);
+                                        points + picture * all * depth_ + points_at(words(begin), plane), plane, depth_);
         });
-        const std::size_t group = group_for(run.pool.threads());
-        run.pool.run((panels() + group - 1) / group, [&](std::size_t piece, unsigned thread) {
-            float *sums = run.own + thread * run.own_size, *transformed = sums + GROUP * POINTS * sums_plane(count);
-            const std::size_t begin = piece * group, end = std::min(panels(), begin + group);
-            multiply(run, begin, end, count, points, plane, sums, transformed);
-            for (std::size_t panel = begin; panel < end; ++panel)
-                for (std::size_t picture = 0; picture < pictures; ++picture)
-                    for (int column = 0; column < across; column += BLOCK_COLUMNS)
-                        write(run, first + picture, panel, 0, column, down, std::min(BLOCK_COLUMNS, across - column),
-                              sums + (panel - begin) * POINTS * sums_plane(count) + (picture * all + column) * panel_, sums_plane(count),
-                              across);
+        run.pool.run(panels(), [&](std::size_t panel, unsigned thread) {
+            float *sums = run.own + thread * run.own_size, *transformed = sums + POINTS * sums_plane(count);
+            multiply(run, panel, count, points, plane, sums, transformed);
+            for (std::size_t picture = 0; picture < pictures; ++picture)
+                for (int column = 0; column < across; column += BLOCK_COLUMNS)
+                    write(run, first + picture, panel, 0, column, down, std::min(BLOCK_COLUMNS, across - column),
+                          sums + (picture * all + column) * panel_, sums_plane(count), across);
         });
     }
 
-    std::size_t panel_, all_, depth_, tile_stride_;  // words: of the inputs, multiplied at a time, from tile to tile
-    Floats weights_;                                 // packed, or, where kept_, their transforms: [panel][36 planes of [word][lane]]
+    std::size_t panel_, all_, depth_;  // words: of the inputs, multiplied at a time
+    Floats weights_;                   // packed, or, where kept_, their transforms: [panel][36 planes of [word][lane]]
     bool kept_ = false;
 };
 
