@@ -245,12 +245,12 @@ async def _listen(
     where: socket.socket, answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], *, connections: int
 ) -> Callable[[], Awaitable[None]]:
     """A server on that socket; what is returned ends it."""
-    server = web.Server(answer, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True)
+    server = _Counting(answer, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True)
     runner = web.ServerRunner(server, shutdown_timeout=5)
     await runner.setup()
 
     def connected() -> asyncio.BaseProtocol:
-        return _Full() if len(server.connections) >= connections else server()
+        return _Full() if server.clients >= connections else server()
 
     listener = await asyncio.get_running_loop().create_server(connected, sock=where)
 
@@ -259,6 +259,20 @@ async def _listen(
         await runner.cleanup()
 
     return stop
+
+
+class _Counting(web.Server):  # type: ignore[misc]
+    """Counts clients from when they are accepted, as aiohttp's own count does not: many may be before the first of them is seen."""
+
+    clients = 0
+
+    def __call__(self) -> web.RequestHandler:
+        self.clients += 1
+        return super().__call__()
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        self.clients -= 1
+        super().connection_lost(handler, exc)
 
 
 class _Full(asyncio.Protocol):
