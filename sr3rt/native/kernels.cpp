@@ -188,7 +188,7 @@ void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a
 // The epilogue's parts that cost something, chosen once for a panel and not for every pixel.
 template <bool scaled, bool activated, bool added>
 struct Finish {
-    const Epilogue& end;
+    const Epilogue end;  // a copy: what is stored through `out` cannot change it
     Vec scale[2], shift[2];
 
     explicit Finish(const Epilogue& epilogue) : end(epilogue) {
@@ -231,10 +231,14 @@ template <class Finish, class Size>
         output_line(m, 1, lines + x, 6);
     }
     Sums sums;
-    for (int y = 0; y < height; ++y) {
+#pragma GCC unroll 4  // so that the sums of a whole tile stay in registers
+    for (int y = 0; y < TILE; ++y) {
+        if (y >= height) break;
         Vec out[TILE];
         output_line(lines + 6 * y, 1, out, 1);
-        for (int x = 0; x < width; ++x) sums.add(finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half));
+#pragma GCC unroll 4
+        for (int x = 0; x < TILE; ++x)
+            if (x < width) sums.add(finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half));
     }
     if (unit != nullptr) sums.add_to(unit + half * LANES, unit + half * LANES + end.sums_stride);
 }
