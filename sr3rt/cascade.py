@@ -10,7 +10,7 @@ from typing import Any, Unpack, overload
 from sr3rt.bundle import Consistency
 from sr3rt.errors import OptionError
 from sr3rt.images import ImageLike, Limits
-from sr3rt.options import CascadeOptions, OnStep, Tile, seeds
+from sr3rt.options import CascadeOptions, Method, OnStep, Tile, seeds
 from sr3rt.result import Result
 from sr3rt.upscaler import Upscaler
 
@@ -72,24 +72,13 @@ class Cascade:
             raise OptionError(f"{len(each)} numbers of steps for {len(self.stages)} models: give one, or one for each")
         single = not isinstance(image, (list, tuple))
         drawn = seeds(seed, 1 if single else len(image))  # type: ignore[arg-type]
-        plans = [
-            stage.plan(steps=count, sampler=sampler, schedule=schedule, consistency=consistency)
-            for stage, count in zip(self.stages, each, strict=True)
-        ]
+        method: Method = {"sampler": sampler, "schedule": schedule, "consistency": consistency}
+        plans = [stage.plan(steps=count, **method) for stage, count in zip(self.stages, each, strict=True)]
         progress = _Progress(on_step, [len(plan.table) * len(drawn) for plan in plans])
         results: list[Result] = []
         for k, (stage, count) in enumerate(zip(self.stages, each, strict=True)):
             own = [(one + k) % 2**64 for one in drawn]
-            made = stage.run(
-                image,
-                steps=count,
-                sampler=sampler,
-                schedule=schedule,
-                seed=own[0] if single else own,
-                consistency=consistency,
-                tile=tile,
-                on_step=progress.stage(k),
-            )
+            made = stage.run(image, steps=count, **method, seed=own[0] if single else own, tile=tile, on_step=progress.stage(k))
             before: list[Any] = results or [None] * len(made)
             results = [replace(one, seed=first, before=last) for one, first, last in zip(made, drawn, before, strict=True)]
             image = results[0].image if single else [one.image for one in results]

@@ -22,11 +22,16 @@ Tile = int | Literal["auto", "off"]
 """Side of the windows that a picture is refined in, pixels of the result; "off": whole; "auto": whole where that is possible."""
 
 
-class _Common(TypedDict, total=False):
+class Method(TypedDict, total=False):
+    """How pictures are refined, whatever the number of steps; `Upscaler.run` says what each means."""
+
     sampler: str | None
     schedule: str | Sequence[float] | None
-    seed: int | Sequence[int] | None
     consistency: Consistency | None
+
+
+class _Common(Method, total=False):
+    seed: int | Sequence[int] | None
     tile: Tile
     on_step: OnStep | None
 

@@ -117,10 +117,10 @@ class Winograd final : public Convolution {
         const Input in = input(run, picture, norms);
         if (plain() && top >= 0 && left >= 0 && top + high <= out.height && left + wide <= out.width) {
             const std::size_t pixel = in.sources[0].channels, line = pixel * out.width;
-            transform(run, in.sources[0].data + top * line + left * pixel, line, pixel, rows, columns, points, plane);
+            make_points(run, in.sources[0].data + top * line + left * pixel, line, pixel, rows, columns, points, plane);
         } else {
             run.kernels.fill(in, top, left, high, wide, 0, inputs_, own);
-            transform(run, own, wide * inputs_, inputs_, rows, columns, points, plane);
+            make_points(run, own, wide * inputs_, inputs_, rows, columns, points, plane);
         }
         for (std::size_t panel = 0; panel < panels(); ++panel) {
             multiply(run, panel, count, points, plane, sums, transformed);
@@ -128,8 +128,9 @@ class Winograd final : public Convolution {
         }
     }
 
-    void transform(const Run& run, const float* in, std::size_t line, std::size_t pixel, int rows, int columns, float* points,
-                   std::size_t plane) const {
+    // The points of rows × columns tiles whose first pixel is at `in`; the next line and the next pixel are so many floats away.
+    void make_points(const Run& run, const float* in, std::size_t line, std::size_t pixel, int rows, int columns, float* points,
+                     std::size_t plane) const {
         for (std::size_t first = 0; first < all_; first += depth_)
             run.kernels.transform_input(in + first * word_, line, pixel, rows, columns, std::min(depth_, all_ - first) * word_,
                                         points + points_at(first, plane), plane, depth_);
