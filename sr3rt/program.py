@@ -71,6 +71,8 @@ def _check_operation(operation: Program) -> None:
         raise ValueError(f"the operation {kind!r} with {sorted(operation)} is not known")
     if kind == "convolution" and operation["norm"] is not None:
         _expect(operation["norm"], "groups", "eps", "weight", "bias")
+        if operation["norm"]["groups"] < 1:
+            raise ValueError(f"a norm of {operation['norm']['groups']} groups")
     if kind == "convolution" and operation["level"] is not None:
         _expect(operation["level"], "weight", "bias", "kind")
 

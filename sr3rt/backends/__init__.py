@@ -83,6 +83,8 @@ MODULES = {
 """Each module has `load(bundle, request) -> Network`, `why_not() -> str | None`, which says why it cannot run here, and
 `refusal(bundle, request) -> str | None`, which says why it cannot do what is asked with that bundle."""
 
+_MOST_THREADS = 1024
+
 ORDER = ("tensorrt", "native", "onnxruntime", "torch")
 """What "auto" tries, best first; torch, which is on a GPU, where the others are not for that device."""
 
@@ -99,8 +101,8 @@ def load(bundle: Bundle, request: Request) -> Network:
     """
     if request.backend not in ("auto", *MODULES):
         raise OptionError(f"unknown backend {request.backend!r}: expected auto, {', '.join(MODULES)}")
-    if type(request.threads) is not int or request.threads < 0:
-        raise OptionError(f"threads must be a whole number, 0 (all) or more, found {request.threads!r}")
+    if type(request.threads) is not int or not 0 <= request.threads <= _MOST_THREADS:
+        raise OptionError(f"threads must be a whole number from 0 (all) to {_MOST_THREADS}, found {request.threads!r}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(request.device)):
         raise OptionError(f"unknown device {request.device!r}: expected auto, cpu, cuda, or cuda:1 for the second GPU")
     if request.backend != "auto":

@@ -219,27 +219,29 @@ void finishing(const Epilogue& end, const Body& body) {
     end.scale != nullptr ? activated.template operator()<true>() : activated.template operator()<false>();
 }
 
-// One tile's 36 points -> height × width pixels, those of a whole tile known to the compiler. `corner`: of the tile, in floats.
+// One tile's 36 points -> height × width pixels, those of a whole tile known to the compiler. `corner`: of the tile, in floats. Two lines at a
+// time, which stay in registers.
 template <class Finish, class Size>
-[[gnu::always_inline]] inline void finish_tile(const Finish& finish, const float* from, std::size_t plane, int half, std::size_t corner,
-                                               Size height, Size width, double* unit) {
+[[gnu::noinline]] void finish_tile(const Finish& finish, const float* from, std::size_t plane, int half, std::size_t corner, Size height,
+                                   Size width, double* unit) {
     const Epilogue& end = finish.end;
-    Vec lines[24];
-    for (int x = 0; x < 6; ++x) {
-        Vec m[6];
-        for (int y = 0; y < 6; ++y) m[y] = load(from + (6 * y + x) * plane + half * LANES);
-        output_line(m, 1, lines + x, 6);
-    }
+    const auto point = [&](int y, int x) { return load(from + (6 * y + x) * plane + half * LANES); };
     Sums sums;
-#pragma GCC unroll 4  // so that the sums of a whole tile stay in registers
-    for (int y = 0; y < TILE; ++y) {
-        if (y >= height) break;
+    const auto line = [&](int y, const Vec* points) {
+        if (y >= height) return;
         Vec out[TILE];
-        output_line(lines + 6 * y, 1, out, 1);
+        output_line(points, out);
 #pragma GCC unroll 4
         for (int x = 0; x < TILE; ++x)
             if (x < width) sums.add(finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half));
-    }
+    };
+    Vec one[6], other[6];
+#pragma GCC unroll 6
+    for (int x = 0; x < 6; ++x) output_even(point(0, x), point(1, x) + point(2, x), point(3, x) + point(4, x), one[x], other[x]);
+    line(0, one), line(2, other);
+#pragma GCC unroll 6
+    for (int x = 0; x < 6; ++x) output_odd(point(1, x) - point(2, x), point(3, x) - point(4, x), point(5, x), one[x], other[x]);
+    line(1, one), line(3, other);
     if (unit != nullptr) sums.add_to(unit + half * LANES, unit + half * LANES + end.sums_stride);
 }
 
@@ -280,14 +282,30 @@ void finish_row(const float* from, int pixels, const Epilogue& end) {
 }
 
 void softmax(float* scores, std::size_t stride, std::size_t rows, std::size_t count) {
+    const std::size_t whole = count / LANES * LANES;
     for (std::size_t row = 0; row < rows; ++row) {
         float* line = scores + row * stride;
-        const float most = *std::max_element(line, line + count);
-        for (std::size_t i = 0; i < count; i += LANES) store(line + i, exponential(load(line + i) - most));  // into the padding too
+        Vec mosts = splat(line[0]);
+        for (std::size_t i = 0; i < whole; i += LANES) {
+            const Vec v = load(line + i);
+            mosts = v > mosts ? v : mosts;
+        }
+        float most = line[0];
+        for (int lane = 0; lane < LANES; ++lane) most = std::max(most, mosts[lane]);
+        for (std::size_t i = whole; i < count; ++i) most = std::max(most, line[i]);
+        Doubles sums[2] = {};
+        for (std::size_t i = 0; i < whole; i += LANES) {
+            const Vec v = exponential(load(line + i) - most);
+            store(line + i, v);
+            for (int half = 0; half < 2; ++half) sums[half] += doubles(v, half);
+        }
+        if (whole < count) store(line + whole, exponential(load(line + whole) - most));  // into the padding too
+        sums[0] += sums[1];
         double sum = 0;
-        for (std::size_t i = 0; i < count; ++i) sum += static_cast<double>(line[i]);
+        for (int lane = 0; lane < LANES / 2; ++lane) sum += sums[0][lane];
+        for (std::size_t i = whole; i < count; ++i) sum += static_cast<double>(line[i]);
         const float factor = static_cast<float>(1 / sum);
-        for (std::size_t i = 0; i < count; ++i) line[i] *= factor;
+        for (std::size_t i = 0; i < count; i += LANES) store(line + i, load(line + i) * factor);
     }
 }
 

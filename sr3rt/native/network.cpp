@@ -139,7 +139,9 @@ int Network::convolution(ConvolutionOptions options, const float* weight, std::s
         for (const int source : options.from) registers_[static_cast<std::size_t>(source)].normed = true;
     if (level != nullptr) {
         const std::size_t expected = options.scaled ? 2 * outputs : outputs;
-        if (level->outputs != expected) throw std::invalid_argument("a level of " + std::to_string(level->outputs) + " outputs");
+        if (level->outputs != expected || level->inputs != encoding_.outputs())
+            throw std::invalid_argument("a level of " + std::to_string(level->inputs) + " inputs and " + std::to_string(level->outputs) +
+                                        " outputs, expected " + std::to_string(encoding_.outputs()) + " and " + std::to_string(expected));
         options.level = static_cast<int>(projections_.size());
         std::vector<float> padded = bias;
         padded.resize(rounded_up(outputs, 2 * lanes()), 0.0f);
@@ -250,7 +252,10 @@ std::vector<std::vector<float>> Network::levels(const Planar& planar) {
     return levels;
 }
 
-void Network::forked() { new (&mutex_) std::mutex; }
+void Network::forked() {
+    new (&mutex_) std::mutex;
+    pool_.forked();
+}
 
 // All, or one, which stays nearer: in a batch every layer would read what has left the caches since it was written.
 std::size_t Network::together(std::size_t count, int height, int width) const {

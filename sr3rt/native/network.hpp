@@ -28,6 +28,7 @@ struct LevelEncoding {
     std::vector<float> frequencies;
     std::vector<Linear> layers;
 
+    std::size_t outputs() const { return layers.empty() ? 2 * frequencies.size() : layers.back().outputs; }
     std::vector<float> operator()(const Kernels&, float level) const;
 };
 
@@ -45,10 +46,10 @@ class Network {
     void result(int from);
     void from_bands(int bands, int from, float detail, float coarse);
 
-    // Safe to call from several threads: one runs at a time, with all of the network's threads.
-    // To be called first in a process that was forked: the thread that was in `run` meanwhile is not there to leave it.
+    // To be called first in a process that was forked: it has neither the network's threads nor the one that may have been in `run`.
     void forked();
 
+    // Safe to call from several threads: one runs at a time, with all of the network's threads.
     void run(const Planar&);
 
     std::size_t channels() const { return channels_; }

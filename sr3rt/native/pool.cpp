@@ -33,9 +33,14 @@ bool look(const Ready& ready) {
 
 }  // namespace
 
-Pool::Pool(unsigned threads) : process_(getpid()) {
-    workers_.reserve(threads - 1);
-    for (unsigned thread = 1; thread < threads; ++thread) {
+Pool::Pool(unsigned threads) : threads_(threads), process_(getpid()) {
+    start();
+    threads_ = static_cast<unsigned>(workers_.size()) + 1;
+}
+
+void Pool::start() {
+    workers_.reserve(threads_ - 1);
+    for (unsigned thread = 1; thread < threads_; ++thread) {
         try {
             workers_.emplace_back(&Pool::live, this, thread);
         } catch (const std::system_error&) {
@@ -44,11 +49,20 @@ Pool::Pool(unsigned threads) : process_(getpid()) {
     }
 }
 
+// Threads that a fork left behind: their handles can be neither joined nor destroyed.
+void Pool::abandon() {
+    new std::vector<std::thread>(std::move(workers_));
+    workers_.clear();
+}
+
+void Pool::forked() {
+    abandon();
+    state_ = 0;  // of work that the parent may have been in
+    process_ = 0;
+}
+
 Pool::~Pool() {
-    if (getpid() != process_) {  // a fork has only the thread that made it; the others' handles can be neither joined nor destroyed
-        new std::vector<std::thread>(std::move(workers_));
-        return;
-    }
+    if (getpid() != process_) abandon();
     ending_ = true;
     ++generation_;
     generation_.notify_all();
@@ -57,6 +71,10 @@ Pool::~Pool() {
 
 void Pool::run(std::size_t pieces, const Work& work) {
     if (pieces == 0) return;
+    if (process_ == 0) {
+        process_ = getpid();
+        start();
+    }
     if (workers_.empty() || pieces == 1) {
         for (std::size_t piece = 0; piece < pieces; ++piece) work(piece, 0);
         return;

@@ -28,9 +28,14 @@ class Pool {
     // Does pieces 0 … pieces-1 and returns when all are done. One caller at a time; work must not throw.
     void run(std::size_t pieces, const Work& work);
 
-    unsigned threads() const { return static_cast<unsigned>(workers_.size()) + 1; }
+    // To be called in a process that was forked, which has none of the threads: the next `run` starts others.
+    void forked();
+
+    unsigned threads() const { return threads_; }
 
    private:
+    void start();
+    void abandon();
     bool take(unsigned thread);
     void live(unsigned thread);
 
@@ -41,7 +46,8 @@ class Pool {
     std::atomic<std::uint32_t> generation_{0};  // what sleeping threads wait on
     std::atomic<bool> ending_{false};
     std::vector<std::thread> workers_;
-    int process_;  // whose threads they are
+    unsigned threads_;  // the caller's included
+    int process_;       // whose threads they are
 };
 
 }  // namespace sr3

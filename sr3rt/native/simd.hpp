@@ -3,12 +3,12 @@
 
 #pragma once
 
+#include <immintrin.h>
+
+#include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "kernels.hpp"
 
@@ -35,6 +35,15 @@ inline Vec load(const float* from) {
 
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
+// The same bits.
+template <class To, class From>
+inline To as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 inline Vec splat(float value) { return value - Vec{}; }
 
 // Words: what products are made of. Operands lie one after the other, WORD of them in a lane; a vector of words has WORD halves of
@@ -46,14 +55,6 @@ inline Vec word_of(Vec only, Vec) { return only; }
 inline Vec splat_word(const float* word) { return splat(*word); }
 inline Vec dot(Vec sum, Vec a, Vec b) { return sum + a * b; }
 #else
-template <class To, class From>
-inline To as(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
 using Halves = std::uint16_t __attribute__((vector_size(2 * LANES)));
 constexpr std::uint32_t HIGH = 0xFFFF0000u;
 
@@ -98,27 +99,65 @@ inline Vec dot(Vec sum, Vec a, Vec b) {
 #endif
 #endif
 
-// e^x as in Cephes' expf: x = n·ln 2 + r, a polynomial of r, times 2^n. NaN stays NaN.
+// 2^(i/LANES), as bits less what `exponential` adds for i.
+constexpr int FRACTION = LANES == 16 ? 4 : 3, EXPONENT = 23 - FRACTION;
+constexpr auto POWERS = [] {
+    constexpr float sixteenths[] = {1.0f, 1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
+                                    1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f,
+                                    1.6104903f, 1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
+    std::array<std::int32_t, LANES> bits{};
+    for (int i = 0; i < LANES; ++i) bits[i] = std::bit_cast<std::int32_t>(sixteenths[i * 16 / LANES]) - (i << EXPONENT);
+    return bits;
+}();
+
+// In each lane the one of POWERS that the lowest bits of `index` name.
+inline Ints power(Ints index) {
+#if defined(__AVX512F__) && SR3_LANES == 16
+    return as<Ints>(_mm512_maskz_permutexvar_epi32(0xFFFF, as<__m512i>(index), _mm512_loadu_si512(POWERS.data())));
+#elif defined(__AVX2__) && SR3_LANES == 8
+    return as<Ints>(_mm256_permutevar8x32_epi32(as<__m256i>(as<Ints>(POWERS)), as<__m256i>(index)));
+#else
+    Ints found;
+    for (int lane = 0; lane < LANES; ++lane) found[lane] = POWERS[static_cast<std::size_t>(index[lane]) % LANES];
+    return found;
+#endif
+}
+
+// x, but no further from zero than `most`. NaN stays NaN.
+inline Vec within(float most, Vec x) {
+#if defined(__AVX512F__) && SR3_LANES == 16  // of the comparisons below GCC makes two instructions each
+    const __m512 bound = as<__m512>(splat(most));
+    const __m512 below = _mm512_maskz_min_ps(0xFFFF, bound, as<__m512>(x));
+    return as<Vec>(_mm512_maskz_max_ps(0xFFFF, as<__m512>(splat(-most)), below));
+#else
+    x = x > most ? splat(most) : x;
+    return x < -most ? splat(-most) : x;
+#endif
+}
+
+// e^x = 2^(n/LANES)·e^r, n whole, |r| ≤ ln 2/2·LANES: the first factor from the table and the exponent's bits, the second a polynomial, whose
+// relative error is 3e-08 at most. x is held within ±87, so that the result is no infinity and no denormal number. NaN stays NaN.
 inline Vec exponential(Vec x) {
-    constexpr float MOST = 88.0f, ROUND = 12582912.0f;  // adding 1.5·2^23 rounds to a whole number
-    x = x > MOST ? splat(MOST) : x;
-    x = x < -MOST ? splat(-MOST) : x;
-    const Vec n = (x * 1.44269504088896341f + ROUND) - ROUND;
-    const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    Vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + (r + 1.0f);
-    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-    Vec scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return p * scale;
+    constexpr float ROUND = 12582912.0f;  // adding 1.5·2^23 rounds to a whole number
+    constexpr float NATURAL = 0.69314718055994531f / LANES;
+    x = within(87.0f, x);
+    const Vec whole = x * (1 / NATURAL) + ROUND;
+    const Vec r = x - (whole - ROUND) * NATURAL;
+    const Ints n = as<Ints>(whole);
+    const Vec e = ((0.16664298f * r + 0.5000648f) * r + 1.f) * r + 1.0f;
+    return e * as<Vec>(power(n) + (n << EXPONENT));
 }
 
 inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
+
+using Doubles = double __attribute__((vector_size(4 * LANES)));
+
+inline Doubles doubles(Vec v, int half) {
+    using Half = float __attribute__((vector_size(2 * LANES)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return __builtin_convertvector(halves[half], Doubles);
+}
 
 // Up to 16 values of each lane, for their sum and the sum of their squares in float64. A variance is the small difference of two large
 // numbers, so the squares that are summed in float32 are of distances from the first of the values, which it holds well.
@@ -147,14 +186,6 @@ class Sums {
     }
 
    private:
-    using Doubles = double __attribute__((vector_size(4 * LANES)));
-
-    static Doubles doubles(Vec v, int half) {
-        using Half = float __attribute__((vector_size(2 * LANES)));
-        Half halves[2];
-        std::memcpy(halves, &v, sizeof v);
-        return __builtin_convertvector(halves[half], Doubles);
-    }
     static Doubles load_doubles(const double* from) {
         Doubles v;
         std::memcpy(&v, from, sizeof v);

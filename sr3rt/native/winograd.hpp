@@ -16,16 +16,26 @@ namespace {
 constexpr float NEAR = 0.625f, FAR = 1.5f;  // the points, each with its negative
 constexpr float NEAR2 = NEAR * NEAR, FAR2 = FAR * FAR;
 
-// Bᵀ applied to six vectors `from` apart, into six vectors `to` apart.
-inline void input_line(const Vec* d, int from, Vec* t, int to) {
-    const Vec d0 = d[0], d1 = d[from], d2 = d[2 * from], d3 = d[3 * from], d4 = d[4 * from], d5 = d[5 * from];
-    const Vec a = d4 - FAR2 * d2, b = d3 - FAR2 * d1, c = d4 - NEAR2 * d2, e = d3 - NEAR2 * d1;
-    t[0] = (1 / (NEAR2 * FAR2)) * (d4 - (NEAR2 + FAR2) * d2) + d0;
-    t[to] = a + NEAR * b;
-    t[2 * to] = a - NEAR * b;
-    t[3 * to] = c + FAR * e;
-    t[4 * to] = c - FAR * e;
-    t[5 * to] = (NEAR2 * FAR2) * d1 + (d5 - (NEAR2 + FAR2) * d3);
+// A row of Bᵀ applied to six vectors, and two rows of it at once: those of the points ±p, of which the other pair is ±q. Half of their
+// operations are sums, which processors add beside what they multiply.
+inline Vec input_zero(Vec d0, Vec d2, Vec d4) { return (1 / (NEAR2 * FAR2)) * (d4 - (NEAR2 + FAR2) * d2) + d0; }
+inline Vec input_infinity(Vec d1, Vec d3, Vec d5) { return (NEAR2 * FAR2) * d1 + (d5 - (NEAR2 + FAR2) * d3); }
+struct Two {
+    Vec plus, minus;
+};
+inline Two input_two(float p, float q2, Vec d1, Vec d2, Vec d3, Vec d4) {
+    const Vec even = d4 - q2 * d2, odd = p * d3 - (p * q2) * d1;
+    return {even + odd, even - odd};
+}
+
+// Bᵀ applied to six vectors; store(i, what row i gives).
+template <class Store>
+[[gnu::always_inline]] inline void input_line(const Vec* d, const Store& store) {
+    const Two near = input_two(NEAR, FAR2, d[1], d[2], d[3], d[4]), far = input_two(FAR, NEAR2, d[1], d[2], d[3], d[4]);
+    store(0, input_zero(d[0], d[2], d[4]));
+    store(1, near.plus), store(2, near.minus);
+    store(3, far.plus), store(4, far.minus);
+    store(5, input_infinity(d[1], d[3], d[5]));
 }
 
 // G applied to three vectors; the factors of its rows are in Bᵀ and Aᵀ, where they cost nothing.
@@ -40,15 +50,21 @@ inline void weight_line(const Vec* g, int from, Vec* t, int to) {
     t[5 * to] = g2;
 }
 
+// Rows 0 and 2 of Aᵀ applied to six vectors, and rows 1 and 3: of the sums of what belongs to a point and its negative, and of the differences.
+constexpr float OF_NEAR = 1 / (2 * NEAR2 * (NEAR2 - FAR2)), OF_FAR = 1 / (2 * FAR2 * (FAR2 - NEAR2));
+inline void output_even(Vec zero, Vec near, Vec far, Vec& t0, Vec& t2) {
+    t0 = OF_NEAR * near + (OF_FAR * far + zero);
+    t2 = (OF_NEAR * NEAR2) * near + (OF_FAR * FAR2) * far;
+}
+inline void output_odd(Vec near, Vec far, Vec infinity, Vec& t1, Vec& t3) {
+    t1 = (OF_NEAR * NEAR) * near + (OF_FAR * FAR) * far;
+    t3 = (OF_NEAR * NEAR2 * NEAR) * near + ((OF_FAR * FAR2 * FAR) * far + infinity);
+}
+
 // Aᵀ applied to six vectors, into four.
-inline void output_line(const Vec* m, int from, Vec* t, int to) {
-    constexpr float N = 1 / (2 * NEAR2 * (NEAR2 - FAR2)), F = 1 / (2 * FAR2 * (FAR2 - NEAR2));
-    const Vec s1 = m[from] + m[2 * from], d1 = m[from] - m[2 * from];
-    const Vec s2 = m[3 * from] + m[4 * from], d2 = m[3 * from] - m[4 * from];
-    t[0] = N * s1 + (F * s2 + m[0]);
-    t[to] = (N * NEAR) * d1 + (F * FAR) * d2;
-    t[2 * to] = (N * NEAR2) * s1 + (F * FAR2) * s2;
-    t[3 * to] = (N * NEAR2 * NEAR) * d1 + ((F * FAR2 * FAR) * d2 + m[5 * from]);
+inline void output_line(const Vec* m, Vec* t) {
+    output_even(m[0], m[1] + m[2], m[3] + m[4], t[0], t[2]);
+    output_odd(m[1] - m[2], m[3] - m[4], m[5], t[1], t[3]);
 }
 
 template <class Plane>
@@ -78,25 +94,37 @@ void transform_weights(const float* packed, std::size_t words, float* points, st
     transform_weights<std::size_t>(packed, words, points, plane);
 }
 
+// One tile of LANES channels. Not inlined into the loop over these, which would keep an address of every pixel.
+[[gnu::noinline]] void input_tile(const float* corner, std::size_t row_stride, std::size_t pixel_stride, float* to, std::size_t plane) {
+    const auto pixel = [&](int y, int x) { return load(corner + y * row_stride + x * pixel_stride); };
+    const auto finish = [&](int y, const Vec* d) {
+        input_line(d, [&](int x, Vec v) { store_operands(to + (6 * y + x) * plane, 0, v); });
+    };
+    // One or two lines at a time: six would not fit into the registers, and reading pixels again costs less than storing lines.
+    Vec d[6], e[6];
+    for (int x = 0; x < 6; ++x) d[x] = input_zero(pixel(0, x), pixel(2, x), pixel(4, x));
+    finish(0, d);
+    const auto two = [&](int y, float p, float q2) {
+        for (int x = 0; x < 6; ++x) {
+            const Two made = input_two(p, q2, pixel(1, x), pixel(2, x), pixel(3, x), pixel(4, x));
+            d[x] = made.plus, e[x] = made.minus;
+        }
+        finish(y, d), finish(y + 1, e);
+    };
+    two(1, NEAR, FAR2);
+    two(3, FAR, NEAR2);
+    for (int x = 0; x < 6; ++x) d[x] = input_infinity(pixel(1, x), pixel(3, x), pixel(5, x));
+    finish(5, d);
+}
+
 inline void transform_input(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
                             std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride) {
     for (int row = 0; row < tile_rows; ++row)
         for (int column = 0; column < tile_columns; ++column) {
             const float* corner = in + TILE * (row * row_stride + column * pixel_stride);
             float* to = points + (static_cast<std::size_t>(row) * tile_columns + column) * tile_stride;
-            for (std::size_t channel = 0; channel < channels; channel += LANES) {
-                Vec rows[POINTS];
-                for (int x = 0; x < 6; ++x) {
-                    Vec d[6];
-                    for (int y = 0; y < 6; ++y) d[y] = load(corner + y * row_stride + x * pixel_stride + channel);
-                    input_line(d, 1, rows + x, 6);
-                }
-                for (int y = 0; y < 6; ++y) {
-                    Vec t[6];
-                    input_line(rows + 6 * y, 1, t, 1);
-                    for (int x = 0; x < 6; ++x) store_operands(to + (6 * y + x) * plane, channel, t[x]);
-                }
-            }
+            for (std::size_t channel = 0; channel < channels; channel += LANES)
+                input_tile(corner + channel, row_stride, pixel_stride, to + channel / WORD, plane);
         }
 }
 
