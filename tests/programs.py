@@ -50,7 +50,15 @@ def random(*shape: int) -> Floats:
 
 
 def tensors() -> Tensors:
-    return {"f": random(2), "w": random(3, 6, 3, 3), "w1": random(3, 3, 1, 1), "b": random(3), "six": random(6), "level": random(3, 4), "w6": random(3, 6)}
+    return {
+        "f": random(2),
+        "w": random(3, 6, 3, 3),
+        "w1": random(3, 3, 1, 1),
+        "b": random(3),
+        "six": random(6),
+        "level": random(3, 4),
+        "w6": random(3, 6),
+    }
 
 
 def bundle_in(folder: Path) -> Callable[..., Bundle]:
