@@ -26,7 +26,8 @@ from sr3rt.noise import START
 from sr3rt.samplers import LEVEL, Table
 
 Noise = Callable[[int], Floats]
-"""`noise(step)` gives z (C, H, W) float32 of a step, counted from 0 in execution order; of y_T for `step` = START."""
+"""`noise(step)` gives z (C, H, W) float32 of a step, counted from 0 in execution order; of y_T for `step` = START. H and W are those of the
+padded result, the next multiples of the network's stride."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,14 @@ class Job:
     lr: Floats | None = None
     projection: Projection | None = None
     corner: tuple[int, int] = (0, 0)
+
+    def drawn(self, step: int) -> Floats:
+        """What `noise` gives for that step. Raises OptionError for what is not an array like x."""
+        assert self.noise is not None
+        z = np.asarray(self.noise(step))
+        if z.shape != self.x.shape or z.dtype.kind != "f":
+            raise OptionError(f"noise must give float32 of {self.x.shape}, the padded result's, found {z.dtype} {z.shape}")
+        return np.ascontiguousarray(z, np.float32)
 
     def project(self, x0: Floats) -> Floats:
         """x0 (C, H, W) made to agree with the input, within [-1, 1]."""
@@ -158,10 +167,13 @@ class Engines:
 
 def not_finite(network: Network, step: int, steps: int) -> NonFiniteError:
     """The error of a job in whose step (from 1) something was NaN or infinite."""
-    return NonFiniteError(
-        f"step {step} of {steps} produced NaN or infinity on backend {network.backend} in {network.precision}: "
-        "the weights or the schedule are not usable; `sr3rt info` shows what the bundle was measured at"
-    )
+    if network.precision == "fp32":
+        reason = "the weights or the schedule are not usable; `sr3rt info` shows what the bundle was measured at"
+    else:
+        reason = (
+            "it probably does not hold this network's numbers; load it with precision='fp32', or with rerun=True, which falls back to that"
+        )
+    return NonFiniteError(f"step {step} of {steps} produced NaN or infinity on backend {network.backend} in {network.precision}: {reason}")
 
 
 class Engine:
@@ -199,7 +211,7 @@ class Engine:
         self._x[n] = job.x
         self._x0[n] = 0
         if job.noise is not None:
-            self._y[n] = job.noise(START)
+            self._y[n] = job.drawn(START)
         else:
             one = slice(n, n + 1)
             seeds, steps, corners = np.array([job.seed], np.uint64), np.array([START], np.uint32), np.array([job.corner], np.uint32)
@@ -271,7 +283,7 @@ class Engine:
         for i, (job, slot) in enumerate(zip(jobs, self._slots, strict=True)):
             if job.consistency == "every" and (ok or np.isfinite(new[i]).all()):
                 new[i] = job.project(new[i])
-            z = None if job.noise is None else np.ascontiguousarray(job.noise(slot.row), np.float32)[None]
+            z = None if job.noise is None else job.drawn(slot.row)[None]
             one = slice(i, i + 1)
             ok &= _native.advance(
                 y[one], new[one], x0[one], rows[one], seeds[one], steps[one], z=z, threads=self._threads, corners=corners[one]

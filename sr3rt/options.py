@@ -7,15 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypedDict
 
-import numpy as np
-
 from sr3rt.bundle import Consistency
 from sr3rt.engine import Noise
 from sr3rt.errors import OptionError
 
 OnStep = Callable[[int, int, Callable[[], Any]], bool | None]
 """`on_step(step, steps, preview)`: rows done so far (from 1) and in all, over every picture of the call; `preview()` makes the picture
-predicted so far, as the call would return it (for a list: a list, None for pictures that have not begun). Returning False cancels."""
+predicted so far, as the call would return it (for a list: a list, None for pictures that have not begun), and is to be called before
+`on_step` returns, from any thread. Returning False cancels."""
 
 
 Tile = int | Literal["auto", "off"]
@@ -53,7 +52,10 @@ def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each picture, drawn where None was given. Raises OptionError."""
     if seed is None:
         return [int.from_bytes(os.urandom(4)) for _ in range(count)]
-    given: list[Any] = list(seed) if isinstance(seed, (list, tuple, np.ndarray)) else [seed] * count
+    try:
+        given: list[Any] = [operator.index(seed)] * count  # type: ignore[arg-type]
+    except TypeError:
+        given = list(seed) if isinstance(seed, Iterable) else [seed] * count
     if len(given) != count:
         raise OptionError(f"{len(given)} seeds for {count} pictures: give one, or one for each")
     found = [whole(one, "seed") for one in given]
@@ -74,6 +76,9 @@ def whole(value: Any, name: str, expected: str = "a whole number") -> int:
 def gammas(values: Iterable[float]) -> tuple[float, ...]:
     """Raises OptionError for what are no numbers."""
     try:
-        return tuple(float(value) for value in values)
+        found = tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise OptionError(f"schedule must be None, 'n_timestep' or gammas between 0 and 1, found {values!r}") from None
+        found = ()
+    if not found:
+        raise OptionError(f"schedule must be None, 'n_timestep' or gammas between 0 and 1, at least one, found {values!r}")
+    return found

@@ -77,13 +77,16 @@ class Assembly:
         self._ended = set[Job]()
         self._whole: Floats | None = None
 
-    def take(self, ended: Ended) -> None:
-        """A job that ended, of this picture or another. Raises NonFiniteError."""
+    def take(self, ended: Ended) -> bool:
+        """A job that ended; whether it was this picture's. Raises NonFiniteError."""
         if ended.job is self._job:
             self._whole = ended.picture()
-        elif self._canvas is not None and ended.job in self._windows:
+            return True
+        if self._canvas is not None and ended.job in self._windows:
             self._canvas.add(self._windows[ended.job], ended.picture())
             self._ended.add(ended.job)
+            return True
+        return False
 
     def preview(self, predictions: Mapping[Job, Floats]) -> Floats | None:
         """The picture as it is: the condition where a window has not begun, None where nothing has."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
@@ -18,43 +18,20 @@ from sr3rt import backends, memory
 from sr3rt.backends import Floats, Network, Planned, Request, Sized
 from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
-from sr3rt.engine import Engines, Job, Noise, Stepper
+from sr3rt.engine import Engines, Job, Noise
 from sr3rt.errors import Cancelled, ImageTooLarge, NonFiniteError, OptionError
 from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
 from sr3rt.options import OnStep, Options, Tile, gammas, seeds, whole
+from sr3rt.refinement import Item, Plan, Preview, Task
 from sr3rt.result import Result
-from sr3rt.samplers import Sampler, Table, table
+from sr3rt.samplers import Sampler, table
 from sr3rt.schedule import Schedule, explicit, named, respace, warn_if_noisy_start_is_wrong
-from sr3rt.tiles import SIDES, Assembly, Window, part, pixels, windows
+from sr3rt.tiles import SIDES, Window, part, pixels, windows
 
 SHIPPED = Path(__file__).parent / "models" / "photo4x"
 """The bundle that `load()` and `upscale()` use when told nothing: 4×, natural photographs."""
 
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """How pictures are to be refined, checked: one row of `table` per step. sampler, schedule: as `Result` has them."""
-
-    table: Table
-    sampler: str
-    schedule: str | tuple[float, ...] | None
-    consistency: Consistency
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A picture that is ready for an engine: `job` is the whole of it; `parts`, if any, are jobs for windows of side `tile`."""
-
-    picture: Picture
-    job: Job
-    plan: Plan
-    tile: int | None = None
-    parts: tuple[tuple[Window, Job], ...] = ()
-
-    @property
-    def jobs(self) -> list[Job]:
-        """What an engine is to do."""
-        return [job for _, job in self.parts] or [self.job]
+_LOOP = 8  # arrays of a result's size that are there while it is made: x, y, out, x0 and what becomes of them
 
 
 class Upscaler:
@@ -74,6 +51,7 @@ class Upscaler:
 
         exact: makes another, which does again what overflows in this one.
         """
+        batch = whole(batch, "batch")
         if batch < 1:
             raise OptionError(f"batch must be at least 1, found {batch}")
         self.bundle, self.network = bundle, network
@@ -87,9 +65,9 @@ class Upscaler:
         return self.bundle.manifest.scale
 
     @overload
-    def upscale(self, image: Sequence[ImageLike], **options: Unpack[Options]) -> list[Any]: ...
+    def upscale(self, image: ImageLike, **options: Unpack[Options]) -> Any: ...  # first: a str is a sequence of str
     @overload
-    def upscale(self, image: ImageLike, **options: Unpack[Options]) -> Any: ...
+    def upscale(self, image: Sequence[ImageLike], **options: Unpack[Options]) -> list[Any]: ...
     def upscale(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[Options]) -> Any:
         """The upscaled picture: PIL for a path, bytes or a PIL image, an array of the same dtype for an array; a list for a list.
 
@@ -119,17 +97,17 @@ class Upscaler:
         seed: 0 … 2**64−1, or one per picture; None draws them. consistency: "off", "final" or "every" (`sr3rt.consistency`).
         tile: "off", the whole picture at once; a number, windows of that side (of the result, pixels), blended where they overlap, which
         bounds memory; "auto", whole where memory suffices (on TensorRT: where its size was built), else windows. `Result` says which.
-        on_step: see `OnStep`. noise: replaces the seeded noise.
+        on_step: see `OnStep`. noise: replaces the seeded noise, see `sr3rt.engine.Noise`.
 
         Raises OptionError, ImageError, ImageTooLarge (also when memory does not suffice), NonFiniteError, Cancelled.
         """
-        plan = self.plan(steps=steps, sampler=sampler, schedule=schedule, consistency=consistency)
+        plan = self.plan(steps=steps, sampler=sampler, schedule=schedule, consistency=consistency, tile=tile)
         single = not isinstance(image, (list, tuple))
         images: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
         drawn = seeds(seed, len(images))
-        tasks = [self.task(item, plan, seed=one, noise=noise, tile=tile) for item, one in zip(images, drawn, strict=True)]
+        items = [self._item(read(one, limits=self.limits), plan, seed=own, noise=noise) for one, own in zip(images, drawn, strict=True)]
         try:
-            results = self._refine(tasks, on_step, single=single)
+            self._refine(items, on_step, single=single)
         except NonFiniteError as error:
             if self._exact is None:
                 raise
@@ -145,7 +123,7 @@ class Upscaler:
                 on_step=on_step,
                 noise=noise,
             )
-        return [self.result(task, results[task]) for task in tasks]
+        return [item.result for item in items]
 
     def plan(
         self,
@@ -154,8 +132,9 @@ class Upscaler:
         sampler: str | None = None,
         schedule: str | Sequence[float] | None = None,
         consistency: Consistency | None = None,
+        tile: Tile = "auto",
     ) -> Plan:
-        """The options of `run` that do not depend on the picture, checked. Raises OptionError."""
+        """The options of `run` that hold for every picture, checked. Raises OptionError."""
         manifest = self.bundle.manifest
         chosen = Sampler.parse(manifest.defaults.sampler if sampler is None else sampler)
         agree: Consistency = manifest.defaults.consistency if consistency is None else consistency
@@ -165,23 +144,51 @@ class Upscaler:
             steps = whole(steps, "steps")
         kind = schedule if schedule is None or isinstance(schedule, str) else gammas(schedule)
         rows = table(chosen, self._schedule(steps, kind), prediction=manifest.prediction, level=manifest.level)
-        return Plan(rows, str(chosen), kind, agree)
+        return Plan(rows, str(chosen), kind, agree, self._tile(tile))
 
-    def task(self, image: ImageLike, plan: Plan, *, seed: int, noise: Noise | None = None, tile: Tile = "off") -> Task:
-        """The picture read and made ready. Raises OptionError, ImageError, ImageTooLarge (also when memory does not suffice)."""
-        manifest = self.bundle.manifest
+    def task(self, image: ImageLike, plan: Plan, *, seed: int) -> Task:
+        """The picture read and made ready. Raises ImageError, ImageTooLarge (also when memory does not suffice)."""
         picture = read(image, limits=self.limits)
-        side = self._side(picture, tile)
-        made = condition(picture, scale=manifest.scale, stride=manifest.stride, minimum=side if self._sizes() else None)
+        return self._ready(picture, plan, self._side(picture, plan.tile), seed=seed, noise=None)
+
+    def _item(self, picture: Picture, plan: Plan, *, seed: int, noise: Noise | None) -> Item:
+        """A picture of a call, which can be done: raises as `task`."""
+        side = self._side(picture, plan.tile)
+        (height, width), found = self._cut(picture, side)
+        if found:
+            height, width = found[0].height, found[0].width
+        return Item(
+            plan,
+            (self.bundle.manifest.channels, height, width),
+            max(1, len(found)),
+            ready=lambda: self._ready(picture, plan, side, seed=seed, noise=noise),
+            show=self.picture,
+            finish=self.result,
+        )
+
+    def _ready(self, picture: Picture, plan: Plan, side: int | None, *, seed: int, noise: Noise | None) -> Task:
+        manifest = self.bundle.manifest
+        made = condition(picture, scale=manifest.scale, stride=manifest.stride, minimum=self._minimum(side))
         job = Job(made.x, plan.table, seed, noise)
         if plan.consistency != "off":
             projection = Projection(picture.height, picture.width, manifest.scale)
             lr = made.lr[:, : picture.height, : picture.width]
             job = Job(made.x, plan.table, seed, noise, plan.consistency, lr, projection)
-        found = windows(*made.x.shape[1:], side=side, unit=math.lcm(manifest.scale, manifest.stride)) if side else []
-        if len(found) <= 1:
+        _, found = self._cut(picture, side)
+        if not found:
             return Task(picture, job, plan)
         return Task(picture, job, plan, side, tuple((window, part(job, window, scale=manifest.scale)) for window in found))
+
+    def _cut(self, picture: Picture, side: int | None) -> tuple[tuple[int, int], list[Window]]:
+        """Height and width of the padded result, and its windows of that side; none, where it is refined whole."""
+        scale, stride, least = self.bundle.manifest.scale, self.bundle.manifest.stride, self._minimum(side)
+        height, width = (padded(n, scale=scale, stride=stride, minimum=least) * scale for n in (picture.height, picture.width))
+        found = windows(height, width, side=side, unit=math.lcm(scale, stride)) if side else []
+        return (height, width), found if len(found) > 1 else []
+
+    def _minimum(self, side: int | None) -> int | None:
+        """The least side of the padded result: a window's, where the network can do no other size."""
+        return side if self._sizes() else None
 
     def picture(self, task: Task, y0: Floats) -> Any:
         """A prediction of the task's network, float32 (C, H, W) in [-1, 1], as a picture of the kind that came in."""
@@ -209,7 +216,7 @@ class Upscaler:
         manifest = self.bundle.manifest
         spec, trained = manifest.trained, manifest.trained.schedule()
         count = manifest.defaults.steps if steps is None else steps
-        if count < 1:
+        if steps is not None and not 1 <= steps <= len(trained):
             raise OptionError(f"steps must be between 1 and the {len(trained)} that the network was trained with, found {steps}")
         if kind is None:
             own = manifest.defaults.schedule.schedule() if manifest.defaults.schedule else None
@@ -234,14 +241,21 @@ class Upscaler:
         """The only sizes that the network can do, (height, width); empty where it can do any."""
         return self.network.sizes() if isinstance(self.network, Sized) else []
 
+    def _tile(self, tile: Tile) -> Tile:
+        """Raises OptionError for one that windows cannot have."""
+        if tile in ("auto", "off"):
+            return tile
+        unit = math.lcm(self.bundle.manifest.scale, self.bundle.manifest.stride)
+        expected = f"auto, off or a multiple of {unit} from {2 * unit} on"
+        side = whole(tile, "tile", expected)
+        if side < 2 * unit or side % unit:
+            raise OptionError(f"tile must be {expected}, found {side}")
+        return side
+
     def _side(self, picture: Picture, tile: Tile) -> int | None:
-        """Side of the windows for that picture, None for the whole. Raises OptionError, ImageError, ImageTooLarge."""
+        """Side of the windows for that picture, None for the whole. Raises ImageError, ImageTooLarge."""
         scale, stride, available = self.bundle.manifest.scale, self.bundle.manifest.stride, memory.available()
         unit, sizes = math.lcm(scale, stride), self._sizes()
-        if tile not in ("auto", "off"):
-            tile = whole(tile, "tile", f"auto, off or a multiple of {unit} from {2 * unit} on")
-            if tile < 2 * unit or tile % unit:
-                raise OptionError(f"tile must be auto, off or a multiple of {unit} from {2 * unit} on, found {tile}")
         height, width = (padded(length, scale=scale, stride=stride) * scale for length in (picture.height, picture.width))
         sides = [tile] if isinstance(tile, int) else []
         if tile == "auto":  # those that have the least to do come first
@@ -264,54 +278,52 @@ class Upscaler:
         """Memory for one picture of that padded size, refined whole or in windows. Raises ImageError for a size that cannot be done."""
         if side is None:
             return self._bytes(height, width)
-        whole = 8 * self.bundle.manifest.channels * np.dtype(np.float32).itemsize * height * width
-        return whole + (self._bytes(side, side) if self._sizes() else self._bytes(min(side, height), min(side, width)))
+        canvas = _LOOP * self.bundle.manifest.channels * np.dtype(np.float32).itemsize * height * width
+        return canvas + (self._bytes(side, side) if self._sizes() else self._bytes(min(side, height), min(side, width)))
 
     def _bytes(self, height: int, width: int) -> int:
         """Memory for one picture of that padded output size: activations, the loop's arrays, and the scores of the finest attention."""
         manifest, pixels, single = self.bundle.manifest, height * width, np.dtype(np.float32).itemsize
-        loop = 8 * manifest.channels * single * pixels
+        loop = _LOOP * manifest.channels * single * pixels
         if isinstance(self.network, Planned):
             return loop + self.network.memory(1, height, width)
         tokens = pixels // manifest.attention_stride**2 if manifest.attention_stride else 0
         return loop + pixels * manifest.bytes_per_pixel + 2 * single * tokens**2
 
-    def _refine(self, tasks: list[Task], on_step: OnStep | None, *, single: bool) -> dict[Task, Floats]:
-        """Run every job to its end; jobs of one size share an engine, and the next joins when one is done."""
-        sizes: dict[tuple[int, ...], list[Job]] = {}
-        for task in tasks:
-            for job in task.jobs:
-                sizes.setdefault(job.x.shape, []).append(job)
-        work, windows_only = [Assembly(task.job, task.parts) for task in tasks], all(task.parts for task in tasks)
-        total, done = sum(len(task.job.table) * len(task.jobs) for task in tasks), 0
+    def _refine(self, items: list[Item], on_step: OnStep | None, *, single: bool) -> None:
+        """Bring every picture to its end. Jobs of one size share an engine; the next joins when one is done."""
+        sizes: dict[tuple[int, int, int], list[Item]] = {}
+        for item in items:
+            sizes.setdefault(item.shape, []).append(item)
+        total, done = sum(item.steps for item in items), 0
+        # Of windows, one at a time: they are to save memory.
+        batch = 1 if all(item.count > 1 for item in items) and not self._sizes() else self._batch
         for (channels, height, width), waiting in sizes.items():
             fits = max(1, (memory.available() or 2**62) // self._bytes(height, width))
-            batch = 1 if windows_only and not self._sizes() else self._batch  # of windows, one at a time: they are to save memory
-            capacity = min(len(waiting), batch, fits)
+            capacity = min(sum(item.count for item in waiting), batch, fits)
             with self._engines.using(capacity=capacity, channels=channels, height=height, width=width) as engine:
-                queue, running = list(waiting), set[Job]()
-                while queue or engine.busy:
-                    while queue and engine.free:
-                        job = queue.pop(0)
+                queue, running, coming = deque[Job](), set[Job](), deque(waiting)
+                while True:
+                    while engine.free and (queue or coming):
+                        if not queue:
+                            queue.extend(coming.popleft().begin())
+                        job = queue.popleft()
                         engine.join(job)
                         running.add(job)
+                    if not engine.busy:
+                        break
                     done += engine.busy
                     for ended in engine.step():
                         running.remove(ended.job)
-                        for one in work:
-                            one.take(ended)
+                        for item in waiting:
+                            item.take(ended)
                     if on_step is None:
                         continue
-                    going = on_step(done, total, lambda: self._preview(tasks, work, engine, running, single))  # noqa: B023
+                    preview = Preview(items, engine, running, single=single)
+                    going = on_step(done, total, preview)
+                    preview.end()
                     if isinstance(going, bool | np.bool_) and not going:
                         raise Cancelled(f"cancelled by on_step after {done} of {total} steps")
-        return {task: one.result() for task, one in zip(tasks, work, strict=True)}
-
-    def _preview(self, tasks: list[Task], work: list[Assembly], engine: Stepper, running: set[Job], single: bool) -> Any:
-        predictions = {job: engine.prediction(job) for job in running}
-        shown = [one.preview(predictions) for one in work]
-        previews = [None if y0 is None else self.picture(task, y0) for task, y0 in zip(tasks, shown, strict=True)]
-        return previews[0] if single else previews
 
 
 def load(
@@ -355,6 +367,16 @@ def _loaded(model: Path, manifest: str, request: Request, rerun: bool) -> Upscal
 
 
 _LOADING = Lock()  # or each of the threads that come first would load the model
+
+
+def _forked() -> None:
+    """In a new process, whose parent may have been loading."""
+    global _LOADING  # noqa: PLW0603
+    _LOADING = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def upscale(

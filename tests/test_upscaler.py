@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,12 @@ def test_a_list_of_different_sizes_comes_back_in_order(up: Upscaler, photo: Imag
     assert up.upscale([]) == []
 
 
+@pytest.mark.parametrize("seed", [np.array(7), np.uint64(7), [7], (7,), range(7, 8), np.array([7])])
+def test_seeds_of_every_kind(up: Upscaler, photo: Image.Image, seed: Any) -> None:
+    (result,) = up.run(photo, seed=seed)
+    assert result.seed == 7 and type(result.seed) is int
+
+
 def test_a_batch_larger_than_the_slots_is_worked_off(photo: Image.Image) -> None:
     small = upscaler(batch=2)
     results = small.upscale([photo] * 5, seed=[0, 1, 2, 3, 4])
@@ -123,6 +130,25 @@ def test_previews_of_a_list(photo: Image.Image) -> None:
     assert all(image is not None for image in seen[-1][2])
 
 
+def test_a_preview_is_of_its_step_and_cannot_be_had_later(up: Upscaler, photo: Image.Image) -> None:
+    kept: list[Any] = []
+    up.upscale(photo, on_step=lambda step, steps, preview: kept.append(preview))  # type: ignore[arg-type, return-value]
+    with pytest.raises(sr3rt.OptionError, match="call it within on_step"):
+        kept[0]()
+
+
+def test_a_picture_takes_memory_only_while_it_is_refined(photo: Image.Image) -> None:
+    """Of a long list, what the network is given of every picture at once would be more than all else."""
+    pictures, peaks = [np.asarray(photo.resize((40, 40)))] * 50, []
+    for count in (10, 50):
+        tracemalloc.start()
+        upscaler(batch=2).upscale(pictures[:count], steps=1, on_step=lambda *_: None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    results, condition = 40 * 160 * 160 * 3, 40 * 160 * 160 * 3 * 4
+    assert peaks[1] - peaks[0] < results + condition / 4
+
+
 def test_on_step_false_cancels(up: Upscaler, photo: Image.Image) -> None:
     with pytest.raises(sr3rt.Cancelled, match="after 2 of 5 steps"):
         up.upscale(photo, on_step=lambda step, steps, preview: step < 2)
@@ -150,6 +176,10 @@ def test_two_threads_on_one_upscaler_give_what_each_alone_gives(up: Upscaler, ph
         ({"seed": -1}, "seed must be a whole number"),
         ({"seed": 2**64}, "seed must be a whole number"),
         ({"seed": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"seed": "7"}, "seed must be a whole number, found '7'"),
+        ({"steps": 10**10, "schedule": "n_timestep"}, "steps must be between 1 and the 2000 .* found 10000000000"),
+        ({"schedule": []}, r"gammas between 0 and 1, at least one, found \[\]"),
+        ({"noise": lambda step: np.zeros((3, 68, 92))}, r"noise must give float32 of \(3, 80, 96\), .* found float64 \(3, 68, 92\)"),
         ({"consistency": "sometimes"}, "unknown consistency 'sometimes'"),
         ({"tile": 100}, "tile must be auto, off or a multiple of"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),

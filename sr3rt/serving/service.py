@@ -21,13 +21,14 @@ from sr3rt.backends import Floats
 from sr3rt.decoding import open_header
 from sr3rt.errors import Cancelled, ImageError, Stopped
 from sr3rt.options import seeds
+from sr3rt.refinement import Plan, Task
 from sr3rt.saving import check, encode
 from sr3rt.serving.admission import Admission, Place
 from sr3rt.serving.batcher import Batcher, Joins
 from sr3rt.serving.counts import Counts
 from sr3rt.serving.query import Query
 from sr3rt.serving.ticket import Ticket
-from sr3rt.upscaler import Plan, Task, Upscaler
+from sr3rt.upscaler import Upscaler
 
 STALLED = 120.0  # seconds without a step, while there is work, after which a service no longer calls itself well
 
@@ -115,7 +116,9 @@ class Service:
 
         Raises OptionError, ImageError, ImageTooLarge, Overloaded, Stopped; what fails later goes to `on_reply`.
         """
-        plan = self._upscaler.plan(steps=query.steps, sampler=query.sampler, schedule=query.schedule, consistency=query.consistency)
+        plan = self._upscaler.plan(
+            steps=query.steps, sampler=query.sampler, schedule=query.schedule, consistency=query.consistency, tile="off"
+        )
         (seed,) = seeds(query.seed, 1)
         if query.base64 and isinstance(image, bytes):
             image = _decoded(image)
@@ -140,7 +143,7 @@ class Service:
                 raise Stopped(f"no step was done for {still:.0f} s though there is work: restart the server")
         else:
             side = self._upscaler.bundle.manifest.stride
-            task = self._upscaler.task(np.zeros((side, side, 3), np.uint8), self._upscaler.plan(steps=1), seed=0)
+            task = self._upscaler.task(np.zeros((side, side, 3), np.uint8), self._upscaler.plan(steps=1, tile="off"), seed=0)
             self._batcher.submit(task.job).future.result(timeout=STALLED)
         return {"bundle": self._upscaler.bundle.sha256, "backend": self._upscaler.network.backend}
 
