@@ -37,11 +37,15 @@ from sr3rt.errors import (
 )
 
 if TYPE_CHECKING:
+    from sr3rt.api import upscale
     from sr3rt.cascade import Cascade
     from sr3rt.decoding import Limits
+    from sr3rt.images import ImageLike
+    from sr3rt.options import OnStep
     from sr3rt.result import Result
     from sr3rt.saving import save
-    from sr3rt.upscaler import Upscaler, load, upscale
+    from sr3rt.schedule import ScheduleWarning
+    from sr3rt.upscaler import Upscaler, load
 
 __version__ = "0.1.0"
 
@@ -57,15 +61,18 @@ __all__ = [
     "DeadlineExceeded",
     "EngineRefused",
     "ImageError",
+    "ImageLike",
     "ImageTooLarge",
     "Limits",
     "MissingExtra",
     "NonFiniteError",
+    "OnStep",
     "OptionError",
     "Overloaded",
     "ParityError",
     "Result",
     "SR3Error",
+    "ScheduleWarning",
     "ServingError",
     "Stopped",
     "Upscaler",
@@ -77,11 +84,14 @@ __all__ = [
 _AT = {
     "Cascade": "sr3rt.cascade",
     "Limits": "sr3rt.decoding",
+    "ImageLike": "sr3rt.images",
+    "OnStep": "sr3rt.options",
     "Result": "sr3rt.result",
+    "ScheduleWarning": "sr3rt.schedule",
     "Upscaler": "sr3rt.upscaler",
     "load": "sr3rt.upscaler",
     "save": "sr3rt.saving",
-    "upscale": "sr3rt.upscaler",
+    "upscale": "sr3rt.api",
 }
 
 

@@ -100,13 +100,17 @@ class Bundle:
         Raises BundleNotFound, BundleCorrupt or BundleIncompatible.
         """
         folder = Path(path)
-        if not (folder / MANIFEST).is_file():
+        with _told(folder):
+            there = (folder / MANIFEST).is_file()
+        if not there:
             found = "a file" if folder.is_file() else "a folder without sr3.json" if folder.is_dir() else "nothing"
             hint = "; make one from a checkpoint with  sr3rt export" if folder.is_file() else ""
             raise BundleNotFound(f"no bundle at {folder}: found {found}, expected a folder with sr3.json{hint}")
         manifest, digest = _parse(_read_plain(folder, MANIFEST), folder)
         listed = {MANIFEST, *manifest.files}
-        unlisted = sorted(entry.name for entry in folder.iterdir() if not (entry.name in listed or _PLATFORM.fullmatch(entry.name)))
+        with _told(folder):
+            names = sorted(entry.name for entry in folder.iterdir())
+        unlisted = [name for name in names if not (name in listed or _PLATFORM.fullmatch(name))]
         if unlisted:
             raise BundleCorrupt(f"{folder} holds {unlisted[0]!r}, which sr3.json does not list: remove it, or export the bundle again")
         return cls(folder, manifest, digest)

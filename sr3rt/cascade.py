@@ -9,7 +9,7 @@ from typing import Any, Unpack, overload
 
 from sr3rt.bundle import Consistency
 from sr3rt.errors import OptionError
-from sr3rt.images import ImageLike, Limits
+from sr3rt.images import ImageLike, Limits, read
 from sr3rt.options import CascadeOptions, Method, OnStep, Tile, seeds
 from sr3rt.result import Result
 from sr3rt.upscaler import Upscaler
@@ -39,9 +39,9 @@ class Cascade:
         return self.stages[0].limits
 
     @overload
-    def upscale(self, image: Sequence[ImageLike], **options: Unpack[CascadeOptions]) -> list[Any]: ...
+    def upscale(self, image: ImageLike, **options: Unpack[CascadeOptions]) -> Any: ...  # first: a str is a sequence of str
     @overload
-    def upscale(self, image: ImageLike, **options: Unpack[CascadeOptions]) -> Any: ...
+    def upscale(self, image: Sequence[ImageLike], **options: Unpack[CascadeOptions]) -> list[Any]: ...
     def upscale(self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CascadeOptions]) -> Any:
         """As `Upscaler.upscale`; options and errors are those of `run`."""
         results = self.run(image, **options)
@@ -65,7 +65,7 @@ class Cascade:
         on_step: over all stages; the steps of one that is refined in windows are known when it begins. `preview()` is the stage's.
         `Result` is the last stage's, and its `before` the one before.
 
-        Raises OptionError, before any step, and what `Upscaler.run` does.
+        Raises what `Upscaler.run` does; of every stage, what can be known of options and sizes is checked before any step.
         """
         each: list[int | None] = list(steps) if isinstance(steps, Sequence) else [steps] * len(self.stages)
         if len(each) != len(self.stages):
@@ -73,15 +73,23 @@ class Cascade:
         single = not isinstance(image, (list, tuple))
         drawn = seeds(seed, 1 if single else len(image))  # type: ignore[arg-type]
         method: Method = {"sampler": sampler, "schedule": schedule, "consistency": consistency}
-        plans = [stage.plan(steps=count, **method) for stage, count in zip(self.stages, each, strict=True)]
+        plans = [stage.plan(steps=count, **method, tile=tile) for stage, count in zip(self.stages, each, strict=True)]
+        images: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
+        pictures = [read(one, limits=self.limits) for one in images]
+        for picture in pictures:
+            height, width = picture.height, picture.width
+            for stage, plan in zip(self.stages, plans, strict=True):
+                stage.check(height, width, plan)
+                height, width = height * stage.scale, width * stage.scale
         progress = _Progress(on_step, [len(plan.table) * len(drawn) for plan in plans])
+        given: Any = pictures[0] if single else pictures
         results: list[Result] = []
         for k, (stage, count) in enumerate(zip(self.stages, each, strict=True)):
             own = [(one + k) % 2**64 for one in drawn]
-            made = stage.run(image, steps=count, **method, seed=own[0] if single else own, tile=tile, on_step=progress.stage(k))
+            made = stage.run(given, steps=count, **method, seed=own[0] if single else own, tile=tile, on_step=progress.stage(k))
             before: list[Any] = results or [None] * len(made)
             results = [replace(one, seed=first, before=last) for one, first, last in zip(made, drawn, before, strict=True)]
-            image = results[0].image if single else [one.image for one in results]
+            given = results[0].image if single else [one.image for one in results]
         for result in results:
             if hasattr(result.image, "info"):
                 result.image.info.update(result.provenance)

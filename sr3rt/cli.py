@@ -6,8 +6,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -16,6 +17,11 @@ from rich.markup import escape
 from sr3rt import __version__
 from sr3rt.bundle import Consistency
 from sr3rt.errors import MissingExtra, OptionError, SR3Error
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sr3rt.images import Picture
 
 EXPORT_PACKAGES = ("torch", "onnx", "safetensors")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -89,8 +95,8 @@ def upscale(
     from sr3rt.saving import check_target
     from sr3rt.upscaler import load
 
-    work = _work(input, output)
-    todo = [(source, target) for source, target in work if overwrite or not target.exists()]
+    work = _work(input, output, compare=compare)
+    todo = [one for one in work if overwrite or not any(path.exists() for path in one.outputs)]
     if len(todo) < len(work):
         errors.print(f"{len(work) - len(todo)} of {len(work)} outputs exist and are skipped (--overwrite replaces them)")
     if not todo:
@@ -100,13 +106,13 @@ def upscale(
     counts = steps[0] if steps and len(steps) == 1 else steps
     failed = 0
     with _bar(len(todo)) as start:
-        for source, target in todo:
+        for one in todo:
+            source, target = one.source, one.target
             try:
-                with warnings.catch_warnings(action="ignore"):  # the run gives them
-                    picture = read(source, limits=upscaler.limits)
+                picture = read(source, limits=upscaler.limits)
                 check_target(picture, target, scale=upscaler.scale)  # before minutes of work
                 (result,) = upscaler.run(
-                    source,
+                    picture,
                     steps=counts,
                     sampler=sampler,
                     seed=seed,
@@ -114,7 +120,7 @@ def upscale(
                     tile=tile,
                     on_step=start(source.name),
                 )
-                _write(source, target, result.image, result.provenance if provenance else {}, compare=compare)
+                _write(one, picture, result.image, result.provenance if provenance else {})
             except (SR3Error, OSError, MemoryError) as error:
                 if isinstance(error, OptionError):
                     raise
@@ -300,22 +306,57 @@ def _complain(text: str) -> None:
     errors.print(f"[red]sr3rt:[/red] {escape(text)}", soft_wrap=True, highlight=False)
 
 
-def _work(source: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Pairs of picture and target. Two pictures of a folder that differ only by suffix keep theirs: a.jpg.png."""
-    from sr3rt.saving import SUFFIXES as WRITTEN
+@dataclass(frozen=True)
+class _Work:
+    """A picture, where its result goes, and where the sheet of --compare does."""
 
+    source: Path
+    target: Path
+    sheet: Path | None
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [self.target] if self.sheet is None else [self.target, self.sheet]
+
+
+def _work(source: Path, output: Path, *, compare: bool) -> list[_Work]:
+    """What is to be done. Raises OptionError where something would be written over a picture, or two things to one name."""
     if not source.exists():
         raise OptionError(f"there is no {source}: give -i a picture or a folder of pictures")
-    if source.is_file():
-        target = output / f"{source.stem}.png" if output.is_dir() else output
-        if target.suffix.lower() not in WRITTEN:
-            raise OptionError(f"{target} is no folder and its suffix names no format: give -o a folder that exists, or NAME.png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and target.samefile(source):
-            raise OptionError(f"{target} is the picture itself: give -o another name")
-        return [(source, target)]
-    if not source.is_dir():
+    if not source.is_file() and not source.is_dir():
         raise OptionError(f"{source} is neither a picture file nor a folder of pictures")
+    pairs = _pair(source, output) if source.is_file() else _pairs(source, output)
+    work = [_Work(one, target, target.with_name(f"{target.stem}-compare.png") if compare else None) for one, target in pairs]
+    sources = {_file(one.source) for one in work}
+    first: dict[Path, Path] = {}
+    for one in work:
+        for path in one.outputs:
+            if path.exists() and _file(path) in sources:
+                raise OptionError(f"{path} is the picture itself: give -o another name")
+            if path in first:
+                raise OptionError(f"{first[path]} and {one.source} would both become {path}: rename one")
+            first[path] = one.source
+    return work
+
+
+def _file(path: Path) -> tuple[int, int]:
+    """The same for every name of a file."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _pair(source: Path, output: Path) -> list[tuple[Path, Path]]:
+    from sr3rt.saving import SUFFIXES as WRITTEN
+
+    target = output / f"{source.stem}.png" if output.is_dir() else output
+    if target.suffix.lower() not in WRITTEN:
+        raise OptionError(f"{target} is no folder and its suffix names no format: give -o a folder that exists, or NAME.png")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return [(source, target)]
+
+
+def _pairs(source: Path, output: Path) -> list[tuple[Path, Path]]:
+    """Of a folder. Two pictures that differ only by suffix keep theirs: a.jpg.png."""
     pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not pictures:
         raise OptionError(f"{source} holds no pictures: expected files ending in {', '.join(SUFFIXES)}")
@@ -325,25 +366,17 @@ def _work(source: Path, output: Path) -> list[tuple[Path, Path]]:
     if output.samefile(source):
         raise OptionError(f"{output} is the folder with the pictures: give -o another, so that no picture is taken for a result")
     stems = [path.stem for path in pictures]
-    work = [(p, output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png") for p in pictures]
-    first: dict[Path, Path] = {}
-    for picture, target in work:
-        if (other := first.setdefault(target, picture)) != picture:
-            raise OptionError(f"{other} and {picture} would both become {target}: rename one")
-    return work
+    return [(p, output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png") for p in pictures]
 
 
-def _write(source: Path, target: Path, image: object, provenance: dict[str, str], *, compare: bool) -> None:
-    from PIL import Image
-
+def _write(work: _Work, picture: Picture, image: Image.Image, provenance: dict[str, str]) -> None:
     from sr3rt.saving import save
 
-    assert isinstance(image, Image.Image)
-    if compare:
+    if work.sheet is not None:
         from sr3rt.report import side_by_side
 
-        save(side_by_side(source, image), target.with_name(f"{target.stem}-compare.png"))
-    save(image, target, provenance=provenance)
+        save(side_by_side(picture, image), work.sheet, provenance={})
+    save(image, work.target, provenance=provenance)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from sr3rt.errors import ImageError, ImageTooLarge
 
 __all__ = ["Condition", "ImageLike", "Limits", "Picture", "Restored", "condition", "padded", "read", "restore"]
 
-ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]
 Restored = Image.Image | NDArray[Any]
 
 
@@ -61,6 +60,9 @@ class Picture:
         return ("L" if self.grey else "RGB") + ("" if self.alpha is None else "A")
 
 
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any] | Picture
+
+
 def read(image: ImageLike, *, limits: Limits | None = None) -> Picture:
     """Read a path, the bytes of a file, a PIL image or an array into a `Picture`.
 
@@ -68,10 +70,13 @@ def read(image: ImageLike, *, limits: Limits | None = None) -> Picture:
     (H, W, C) with C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA; uint8, uint16, or float in [0,1]. The EXIF orientation is applied,
     and the EXIF data is dropped. CMYK becomes RGB by Pillow's plain formula, without its ICC profile.
 
-    Pillow has no 16-bit RGB: such a file is read at 8 bits, with a warning. A uint16 array keeps all 16.
+    A `Picture` is given back as it is. Pillow has no 16-bit RGB: such a file is read at 8 bits, with a warning; a uint16 array keeps
+    all 16.
 
     Raises ImageTooLarge over `limits`, ImageError for anything else that cannot be used.
     """
+    if isinstance(image, Picture):
+        return image
     limits = limits or Limits()
     if isinstance(image, np.ndarray):
         return _from_array(image, limits)
@@ -124,7 +129,7 @@ _UPRIGHT = {
 
 
 def _from_pil(image: Image.Image, what: str, limits: Limits) -> Picture:
-    _check_size(image.height, image.width, what, limits)
+    check_size(image.height, image.width, what, limits)
     if image.mode not in _WORKING and image.mode not in _DEEP:
         raise ImageError(f"{what}: the mode {image.mode!r} is not accepted; convert it to RGB first")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # is_animated: counting the frames may read the whole file
@@ -171,7 +176,7 @@ def _from_array(array: NDArray[Any], limits: Limits) -> Picture:
     what = f"the array {array.shape} {array.dtype}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
         raise ImageError(f"{what}: expected (H, W) or (H, W, C) with C = 1 to 4, channels last")
-    _check_size(array.shape[0], array.shape[1], what, limits)
+    check_size(array.shape[0], array.shape[1], what, limits)
     if array.dtype.kind == "f":
         pixels = _checked_floats(array, what)
     elif array.dtype.kind == "u" and array.dtype.itemsize <= 2:
@@ -188,7 +193,8 @@ def _checked_floats(array: NDArray[Any], what: str) -> NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def _check_size(height: int, width: int, what: str, limits: Limits) -> None:
+def check_size(height: int, width: int, what: str, limits: Limits) -> None:
+    """Raises ImageTooLarge for a picture of more pixels than `limits` has, ImageError for one of none."""
     if height < 1 or width < 1:
         raise ImageError(f"{what}: {width}×{height} pixels; expected at least 1×1")
     if height * width > limits.pixels:

@@ -18,7 +18,7 @@ from sr3rt.bench import Row
 from sr3rt.bundle import Bundle
 from sr3rt.engines import EngineKey
 from sr3rt.errors import SR3Error
-from sr3rt.images import condition, read, restore
+from sr3rt.images import Picture, condition, restore
 
 
 def describe(path: Path) -> Table:
@@ -89,9 +89,8 @@ def timings(bundle: Bundle, rows: Sequence[Row], *, size: int, batch: int) -> Ta
     return table
 
 
-def side_by_side(source: Path, result: Image.Image) -> Image.Image:
+def side_by_side(picture: Picture, result: Image.Image) -> Image.Image:
     """Input (nearest neighbour), bicubic and result, at the result's size, 4 px apart on white."""
-    picture = read(source)
     small = restore(picture, condition(picture, scale=1, stride=1).x, scale=1)
     small = _rgb(small)
     parts = [small.resize(result.size, Image.Resampling.NEAREST), small.resize(result.size, Image.Resampling.BICUBIC)]

@@ -1,4 +1,4 @@
-"""Picture in, picture out: an `Upscaler` is a bundle on a backend; `upscale` is the same in one call."""
+"""Picture in, picture out: an `Upscaler` is a bundle on a backend."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, Unpack, get_args, overload
 
 import numpy as np
@@ -20,7 +19,7 @@ from sr3rt.bundle import Bundle, Consistency
 from sr3rt.consistency import Projection
 from sr3rt.engine import Engines, Job, Noise
 from sr3rt.errors import Cancelled, ImageTooLarge, NonFiniteError, OptionError
-from sr3rt.images import ImageLike, Limits, Picture, condition, padded, read, restore
+from sr3rt.images import ImageLike, Limits, Picture, check_size, condition, padded, read, restore
 from sr3rt.options import OnStep, Options, Tile, gammas, seeds, whole
 from sr3rt.refinement import Item, Plan, Preview, Task
 from sr3rt.result import Result
@@ -149,11 +148,16 @@ class Upscaler:
     def task(self, image: ImageLike, plan: Plan, *, seed: int) -> Task:
         """The picture read and made ready. Raises ImageError, ImageTooLarge (also when memory does not suffice)."""
         picture = read(image, limits=self.limits)
-        return self._ready(picture, plan, self._side(picture, plan.tile), seed=seed, noise=None)
+        return self._ready(picture, plan, self._side(picture.height, picture.width, plan.tile), seed=seed, noise=None)
+
+    def check(self, height: int, width: int, plan: Plan) -> None:
+        """Raises ImageTooLarge where a picture of that size is over the limits, or refining it over what memory there is."""
+        check_size(height, width, f"a picture for {self.bundle.manifest.name}", self.limits)
+        self._side(height, width, plan.tile)
 
     def _item(self, picture: Picture, plan: Plan, *, seed: int, noise: Noise | None) -> Item:
         """A picture of a call, which can be done: raises as `task`."""
-        side = self._side(picture, plan.tile)
+        side = self._side(picture.height, picture.width, plan.tile)
         (height, width), found = self._cut(picture, side)
         if found:
             height, width = found[0].height, found[0].width
@@ -252,11 +256,11 @@ class Upscaler:
             raise OptionError(f"tile must be {expected}, found {side}")
         return side
 
-    def _side(self, picture: Picture, tile: Tile) -> int | None:
-        """Side of the windows for that picture, None for the whole. Raises ImageError, ImageTooLarge."""
+    def _side(self, rows: int, columns: int, tile: Tile) -> int | None:
+        """Side of the windows for a picture of that size, None for the whole. Raises ImageError, ImageTooLarge."""
         scale, stride, available = self.bundle.manifest.scale, self.bundle.manifest.stride, memory.available()
         unit, sizes = math.lcm(scale, stride), self._sizes()
-        height, width = (padded(length, scale=scale, stride=stride) * scale for length in (picture.height, picture.width))
+        height, width = (padded(length, scale=scale, stride=stride) * scale for length in (rows, columns))
         sides = [tile] if isinstance(tile, int) else []
         if tile == "auto":  # those that have the least to do come first
             known = sorted({one for one, other in sizes if one == other}, reverse=True) or SIDES
@@ -269,7 +273,7 @@ class Upscaler:
             if available is None or size <= available:
                 return choice
         raise ImageTooLarge(
-            f"a {picture.width * scale}×{picture.height * scale} result needs about {needed[-1] / 2**30:.1f} GiB with this model, "
+            f"a {columns * scale}×{rows * scale} result needs about {needed[-1] / 2**30:.1f} GiB with this model, "
             f"{(available or 0) / 2**30:.1f} GiB are available: {'use tile=auto, ' if tile == 'off' else ''}crop the picture, or use a "
             "machine with more memory"
         )
@@ -358,40 +362,3 @@ def load(
 
     again = exact if rerun and network.precision != "fp32" else None
     return Upscaler(bundle, network, threads=request.thread_count, batch=batch, limits=limits, exact=again)
-
-
-@lru_cache(maxsize=2)
-def _loaded(model: Path, manifest: str, request: Request, rerun: bool) -> Upscaler:
-    """`manifest`, the digest, makes a bundle that was replaced a different one."""
-    return load(model, backend=request.backend, precision=request.precision, device=request.device, rerun=rerun)
-
-
-_LOADING = Lock()  # or each of the threads that come first would load the model
-
-
-def _forked() -> None:
-    """In a new process, whose parent may have been loading."""
-    global _LOADING  # noqa: PLW0603
-    _LOADING = Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-
-
-def upscale(
-    image: ImageLike | Sequence[ImageLike],
-    *,
-    model: str | os.PathLike[str] | None = None,
-    backend: str = "auto",
-    precision: str = "auto",
-    device: str = "auto",
-    rerun: bool = False,
-    **options: Unpack[Options],
-) -> Any:
-    """`load(model, …).upscale(image, …)` in one call; the two most recently used models stay loaded. Options: `Upscaler.run`."""
-    path = (SHIPPED if model is None else Path(model)).absolute()
-    request = Request(backend, precision, device)
-    with _LOADING:
-        up = _loaded(path, Bundle.open(path).sha256, request, rerun)
-    return up.upscale(image, **options)

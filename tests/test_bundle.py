@@ -251,6 +251,15 @@ def test_what_is_no_bundle_is_told_apart(tmp_path: Path) -> None:
         Bundle.open(tmp_path / "model.pth")
 
 
+def test_a_folder_that_the_system_does_not_show_is_an_error_of_the_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"cannot be read: File name too long|no bundle at"):
+        Bundle.open(tmp_path / ("n" * 300))
+    (tmp_path / "b").mkdir(mode=0o000)
+    if os.getuid() != 0:
+        with pytest.raises(BundleError, match="cannot be read: Permission denied"):
+            Bundle.open(tmp_path / "b")
+
+
 # --- writing
 
 

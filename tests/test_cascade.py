@@ -75,6 +75,20 @@ def test_progress_counts_over_all_stages(cascade: Cascade, photo: Image.Image) -
     assert sizes == [(44, 36)] * 5 + [(88, 72)] * 3
 
 
+def test_what_a_later_stage_would_refuse_is_refused_before_any_step(photo: Image.Image) -> None:
+    small, coarse = upscaler(limits=sr3rt.Limits(pixels=1000)), upscaler(replace(MANIFEST, stride=32))
+    steps: list[int] = []
+
+    def on_step(step: int, steps_: int, preview: Callable[[], Any]) -> None:
+        steps.append(step)
+
+    with pytest.raises(sr3rt.ImageTooLarge, match="44×36 = 1584 pixels"):
+        Cascade(upscaler(), small).upscale(photo, on_step=on_step)
+    with pytest.raises(sr3rt.OptionError, match="a multiple of 32 from 64 on, found 48"):
+        Cascade(upscaler(), coarse).upscale(photo, tile=48, on_step=on_step)
+    assert steps == []
+
+
 def test_cancelled_in_the_second_stage(cascade: Cascade, photo: Image.Image) -> None:
     with pytest.raises(sr3rt.Cancelled):
         cascade.upscale(photo, on_step=lambda step, steps, preview: step < 6)

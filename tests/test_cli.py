@@ -177,6 +177,21 @@ def test_the_seed_that_was_drawn_makes_the_same_picture_again(upscale: Command, 
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
+def test_a_sheet_of_compare_is_written_over_nothing(upscale: Command, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out-compare.png").write_bytes(b"kept")
+    assert upscale("-i", photos / "a.png", "-o", tmp_path / "out.png", "--compare")[0] == 0
+    assert (tmp_path / "out-compare.png").read_bytes() == b"kept" and not (tmp_path / "out.png").exists()
+    assert upscale("-i", photos / "a.png", "-o", tmp_path / "out.png", "--compare", "--overwrite")[0] == 0
+    before = (photos / "a.png").read_bytes()
+    (photos / "o-compare.png").write_bytes(before)
+    status, _, said = upscale("-i", photos / "o-compare.png", "-o", photos / "o.png", "--compare", "--overwrite")
+    assert status == 1 and re.search(r"o-compare\.png is the picture itself", said)
+    (photos / "a-compare.png").write_bytes(before)
+    status, _, said = upscale("-i", photos, "-o", tmp_path / "results", "--compare")
+    assert status == 1 and re.search(r"a-compare\.png and .*a\.png would both become|a\.png and .*a-compare\.png would both become", said)
+    assert (photos / "o-compare.png").read_bytes() == before
+
+
 @pytest.mark.parametrize("compare", [(), ("--compare",)])
 def test_no_provenance_leaves_no_word_in_any_file(compare: tuple[str, ...], upscale: Command, photos: Path, tmp_path: Path) -> None:
     upscale("-i", photos / "a.png", "-o", tmp_path / "out.png", "--no-provenance", *compare)

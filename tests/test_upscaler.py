@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import signal
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -294,7 +296,7 @@ def test_errors_travel_between_processes() -> None:
 
 
 def test_the_first_calls_of_many_threads_load_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sr3rt import upscaler as module
+    from sr3rt import api as module
 
     loads = []
     monkeypatch.setattr(module, "load", lambda *of, **options: loads.append(of) or upscaler())
@@ -303,6 +305,41 @@ def test_the_first_calls_of_many_threads_load_the_model_once(monkeypatch: pytest
         list(pool.map(lambda i: sr3rt.upscale(np.zeros((8, 8, 3), np.uint8), seed=i, steps=1), range(6)))
     module._loaded.cache_clear()
     assert len(loads) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_while_a_model_is_loaded_can_load_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sr3rt import api as module
+
+    loading, forked = threading.Event(), threading.Event()
+
+    def load(*of: Any, **options: Any) -> Upscaler:
+        loading.set()
+        forked.wait(20)
+        return upscaler()
+
+    def call() -> None:
+        sr3rt.upscale(np.zeros((8, 8, 3), np.uint8), steps=1)
+
+    monkeypatch.setattr(module, "load", load)
+    module._loaded.cache_clear()
+    first = threading.Thread(target=call)
+    first.start()
+    loading.wait(20)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)  # ends it, if it waits for ever
+        forked.set()
+        try:
+            call()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    forked.set()
+    first.join()
+    module._loaded.cache_clear()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x"])
