@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sr3rt.noise import START
 from sr3rt.samplers import LEVEL, A, B, P, Q, S, Table
 
 Floats = NDArray[np.float32]
@@ -44,9 +45,9 @@ class EagerLoop:
         self._net = torch.compile(self._net, mode="max-autotune", dynamic=False)
 
     def start(self, noise: Callable[[int], Floats] | None = None) -> None:
-        """A new picture; noise(step) (N, C, H, W) replaces `randn`, step −1 is y_T."""
+        """A new picture; noise(step) (N, C, H, W) replaces `randn` (`sr3rt.bench.Noise`)."""
         self._noise, self._row = noise, 0
-        self._y = self._draw(-1)
+        self._y = self._draw(START)
         self._x0 = torch.zeros_like(self._y)
 
     @torch.inference_mode()

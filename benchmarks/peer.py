@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.workloads import Task
 from sr3rt.backends import Floats
 from sr3rt.bench import Noise
+from sr3rt.noise import START
 
 CHECKOUT = "SR3RT_PEER"
 """The environment variable by which contenders' processes learn of the checkout."""
@@ -83,9 +84,9 @@ class PeerLoop:
             net.register_forward_hook(end)
 
     def start(self, noise: Noise | None = None) -> None:
-        """A new picture; noise(step) (N, C, H, W) replaces its `randn`, step −1 is y_T."""
+        """A new picture; noise(step) (N, C, H, W) replaces its `randn`."""
         self._noise, self._step = noise, 0
-        self._y = torch.randn_like(self._x) if noise is None else self._given(-1)
+        self._y = torch.randn_like(self._x) if noise is None else self._given(START)
         self._x0 = torch.zeros_like(self._y)
 
     def step(self) -> None:

@@ -78,7 +78,7 @@ def _record(stepper: Any, task: Any, path: Path) -> None:
     import numpy as np
 
     def noise(step: int) -> Any:
-        return np.random.default_rng(step + 1).standard_normal(task.condition().shape, np.float32)
+        return np.random.default_rng(step).standard_normal(task.condition().shape, np.float32)
 
     stepper.start(noise)
     stepper.step()

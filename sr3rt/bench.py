@@ -14,13 +14,12 @@ from sr3rt.backends import Floats, Network
 from sr3rt.bundle import Bundle
 from sr3rt.engine import BringsEngine, Job, engine_of
 from sr3rt.errors import OptionError, SR3Error
-from sr3rt.noise import START
 from sr3rt.samplers import Sampler, Table, table
 from sr3rt.schedule import respace
 from sr3rt.timing import BUSY, Load, Summary
 
 Noise = Callable[[int], Floats]
-"""noise(step) gives z (N, C, H, W) of all pictures of a batch; of y_T for step −1."""
+"""As `sr3rt.engine.Noise`, of all pictures of a batch: (N, C, H, W)."""
 
 
 class EngineLoop:
@@ -87,8 +86,8 @@ class _Timed:
 
 
 def _one(noise: Noise, i: int) -> Callable[[int], Floats]:
-    """The noise of picture i of a batch, by the engine's step numbers."""
-    return lambda step: noise(-1 if step == START else step)[i]
+    """The noise of picture i of a batch."""
+    return lambda step: noise(step)[i]
 
 
 CANDIDATES = (*((name, "fp32" if name == "native" else "auto") for name in backends.MODULES), ("native", "bf16"))

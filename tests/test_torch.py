@@ -19,9 +19,10 @@ torch = pytest.importorskip("torch")
 
 import sr3rt  # noqa: E402
 from sr3rt import backends  # noqa: E402
-from sr3rt.backends import Request, cuda, load, torch_program  # noqa: E402
+from sr3rt.backends import Request, cuda, load  # noqa: E402
 from sr3rt.backends import torch as backend  # noqa: E402
-from sr3rt.backends.torch_program import TorchProgram  # noqa: E402
+from sr3rt.backends.torch import program as interpreter  # noqa: E402
+from sr3rt.backends.torch.program import TorchProgram  # noqa: E402
 from sr3rt.bundle import PROGRAM, Bundle, write_manifest  # noqa: E402
 from sr3rt.errors import BackendError, BundleCorrupt, MissingExtra  # noqa: E402
 from sr3rt.upscaler import SHIPPED  # noqa: E402
@@ -35,7 +36,7 @@ def on_host(gpu: Made, monkeypatch: pytest.MonkeyPatch) -> Cuda:
     made = gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    monkeypatch.setattr(torch_program, "TorchProgram", lambda *program, device, **rest: TorchProgram(*program, device="cpu", **rest))
+    monkeypatch.setattr(interpreter, "TorchProgram", lambda *program, device, **rest: TorchProgram(*program, device="cpu", **rest))
     monkeypatch.setattr(backend, "_enqueuer", lambda gpu, stream: partial(made.enqueue, stream.handle))
     monkeypatch.setattr(backend, "_tensor", lambda address, shape, gpu: torch.from_numpy(made.array(address, shape)))
     return made

@@ -1,7 +1,7 @@
-"""PyTorch on a GPU: a bundle's program (torch_program.py) in the loop of backends/device.py, captured with the step. It needs no engines,
+"""PyTorch on a GPU: a bundle's program (program.py) in the loop of backends/device.py, captured with the step. It needs no engines,
 and is what a GPU without TensorRT has. On the host PyTorch is no backend: it is the reference that bundles are compared with.
 
-Together with torch_program.py, the only place of the package proper that imports torch.
+This folder is the only place of the package proper that imports torch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def load(bundle: Bundle, request: Request) -> TorchOnGpu:
         raise BackendError(reason)
     import torch
 
-    from sr3rt.backends.torch_program import TorchProgram
+    from sr3rt.backends.torch.program import TorchProgram
 
     if not torch.cuda.is_available():
         raise BackendError(
