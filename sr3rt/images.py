@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 
 from sr3rt.decoding import Limits, open_header, read_bytes, reason
 from sr3rt.errors import ImageError, ImageTooLarge
+from sr3rt.transparency import reveal
 
 __all__ = ["Condition", "ImageLike", "Limits", "Picture", "Restored", "condition", "padded", "read", "restore"]
 
@@ -208,31 +209,9 @@ def _picture(pixels: NDArray[Any], *, icc: bytes | None = None, dtype: np.dtype[
     grey, has_alpha = pixels.shape[2] < 3, pixels.shape[2] in (2, 4)
     colour = np.repeat(pixels[..., :1], 3, axis=2) if grey else np.ascontiguousarray(pixels[..., :3])
     alpha = np.ascontiguousarray(pixels[..., -1]) if has_alpha else None
-    if alpha is not None and (alpha == 0).any():
-        colour = _revealed(colour, alpha > 0)
+    if alpha is not None:
+        reveal(colour, alpha > 0)
     return Picture(colour=colour, alpha=alpha, grey=grey, dtype=dtype, channel_axis=channel_axis, icc=icc)
-
-
-def _revealed(colour: NDArray[Any], seen: NDArray[np.bool_]) -> NDArray[Any]:
-    """(H, W, 3) with colours of nearby seen pixels where nothing is seen: what a file holds there is anything, and would show at edges."""
-    values, known = (colour * seen[..., None]).astype(np.float64), seen.astype(np.float64)
-    radius = 1
-    while 0 < known.sum() < known.size:
-        weight, sums = _sums(known[..., None], radius), _sums(values, radius)
-        new = (known == 0) & (weight[..., 0] > 0)
-        values[new], known[new] = sums[new] / weight[new], 1
-        radius *= 2
-    return np.where(seen[..., None], colour, (values if colour.dtype == np.float32 else np.round(values)).astype(colour.dtype))
-
-
-def _sums(values: NDArray[np.float64], radius: int) -> NDArray[np.float64]:
-    """Of (H, W, C) over the pixels up to `radius` away, each way."""
-    for axis in (0, 1):
-        length = values.shape[axis]
-        total = np.insert(np.cumsum(values, axis=axis), 0, 0.0, axis=axis)
-        ends, starts = np.minimum(np.arange(length) + radius + 1, length), np.maximum(np.arange(length) - radius, 0)
-        values = total.take(ends, axis=axis) - total.take(starts, axis=axis)
-    return values
 
 
 # --- to the network and back -----------------------------------------------------------------------------------------------
