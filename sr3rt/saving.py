@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sr3rt.durable import write_atomic
 from sr3rt.errors import ImageError
 from sr3rt.images import Picture
 
-__all__ = ["SUFFIXES", "check", "check_target", "encode", "save", "write_atomic"]
+__all__ = ["SUFFIXES", "check", "check_target", "encode", "save"]
 
 # Pillow's name of a format: the modes that it gives back as they were.
 _COLOUR = ("L", "LA", "RGB", "RGBA")
@@ -65,7 +64,10 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[s
         encoded = encode(image, kind, provenance=provenance)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
-    write_atomic(path, encoded)
+    try:
+        write_atomic(path, encoded)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written: {error.strerror or error}; nothing was left behind") from error
 
 
 def check_target(picture: Picture, path: Path, *, scale: int) -> None:
@@ -112,32 +114,3 @@ def _options(format: str, provenance: dict[str, str] | None) -> dict[str, Any]:
     if provenance and format == "TIFF":
         options["tiffinfo"] = {_IMAGE_DESCRIPTION: json.dumps(provenance)}
     return options
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk, then rename it over `path`. Raises ImageError.
-
-    A process that is killed meanwhile leaves `path` as it was and at most a hidden `.sr3rt-….tmp` beside it.
-    """
-    path = Path(path)
-    temporary = path.parent / f".sr3rt-{secrets.token_hex(8)}.tmp"
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    except OSError as error:
-        raise ImageError(f"{path} cannot be written: {error.strerror or error}; nothing was left behind") from error
-    if os.name == "posix":
-        with contextlib.suppress(OSError):  # makes the rename itself durable; some network file systems cannot
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)

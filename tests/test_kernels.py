@@ -115,6 +115,14 @@ def test_what_was_compiled_is_kept_and_an_error_is_the_compilers(tmp_path: Path,
         kernels.compiled((1, 0))
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder here that even root cannot write to")
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BUILT", tmp_path / "none")
+    monkeypatch.setattr(kernels, "compiled", lambda capability: b"cubin")
+    monkeypatch.setenv("SR3RT_CACHE", "/proc/self")
+    assert kernels.load((9, 0)) == b"cubin"
+
+
 def test_a_fat_binary_that_was_built_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BUILT", tmp_path / "step.fatbin")
     (tmp_path / "step.fatbin").write_bytes(b"built")

@@ -8,8 +8,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from sr3rt.durable import write_atomic
 from sr3rt.errors import BackendError, MissingExtra
-from sr3rt.saving import write_atomic
 
 NATIVE = Path(__file__).parents[1] / "native"
 BUILT = NATIVE / "step.fatbin"
@@ -27,7 +27,7 @@ def load(capability: tuple[int, int]) -> bytes:
     if BUILT.exists() and capability >= (8, 0):
         return BUILT.read_bytes()
     kept = _cache() / f"step-{_source_digest()}-sm_{capability[0]}{capability[1]}.cubin"
-    if kept.exists():
+    with suppress(OSError):  # there is none yet, or the folder is out of reach
         return kept.read_bytes()
     cubin = compiled(capability)
     with suppress(OSError):  # a cache that cannot be written costs a second each time
