@@ -32,6 +32,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sr3rt.durable import sync_file, sync_folder
 from sr3rt.engines import EngineKey
 from sr3rt.errors import BundleCorrupt, BundleIncompatible, BundleNotFound, OptionError
 from sr3rt.samplers import Level, Prediction, Sampler
@@ -178,12 +179,13 @@ def writing(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         check_target(final, overwrite=overwrite)
         partial.mkdir()
         yield partial
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
+        for path in partial.iterdir():
+            sync_file(path)
+        sync_folder(partial)
         if final.exists():
             final.rename(old)
         partial.rename(final)
-        _sync(final.parent)
+        sync_folder(final.parent)
     finally:
         _tidy(final, partial, old)
         lock.unlink(missing_ok=True)
@@ -218,14 +220,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     digest = hashlib.sha256(text.encode()).hexdigest()
     head, _, tail = text.rpartition(_ZEROS)  # sha256 is last; a name may be zeros too
     (folder / MANIFEST).write_text(f"{head}{digest}{tail}", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_plain(folder: Path, name: str, size: int | None = None) -> bytes:
