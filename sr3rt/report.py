@@ -107,6 +107,8 @@ def _rgb(image: Any) -> Image.Image:
     assert isinstance(image, Image.Image)
     if image.mode == "I;16":  # which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode == "F":  # in [0,1], which Pillow would cut down to 0 and 1
+        image = Image.fromarray(np.round(255 * np.clip(np.asarray(image), 0, 1)).astype(np.uint8))
     rgb: Image.Image = image.convert("RGB")
     return rgb
 
