@@ -21,7 +21,7 @@ from sr3rt.decoding import Limits, open_header, read_bytes, reason
 from sr3rt.errors import ImageError, ImageTooLarge
 from sr3rt.transparency import reveal
 
-__all__ = ["Condition", "ImageLike", "Limits", "Picture", "Restored", "condition", "padded", "read", "restore"]
+__all__ = ["Condition", "ImageLike", "Limits", "Picture", "Restored", "check_shape", "check_size", "condition", "padded", "read", "restore"]
 
 Restored = Image.Image | NDArray[Any]
 
@@ -175,8 +175,7 @@ def _deep(image: Image.Image, what: str) -> NDArray[Any]:
 
 def _from_array(array: NDArray[Any], limits: Limits) -> Picture:
     what = f"the array {array.shape} {array.dtype}"
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
-        raise ImageError(f"{what}: expected (H, W) or (H, W, C) with C = 1 to 4, channels last")
+    check_shape(array, what)
     check_size(array.shape[0], array.shape[1], what, limits)
     if array.dtype.kind == "f":
         pixels = _checked_floats(array, what)
@@ -185,6 +184,12 @@ def _from_array(array: NDArray[Any], limits: Limits) -> Picture:
     else:
         raise ImageError(f"{what}: expected uint8, uint16, or float in [0,1]: convert it first")
     return _picture(pixels, dtype=array.dtype, channel_axis=array.ndim == 3)
+
+
+def check_shape(array: NDArray[Any], what: str) -> None:
+    """Raises ImageError for other than (H, W) or (H, W, C) with C = 1 to 4."""
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4)):
+        raise ImageError(f"{what}: expected (H, W) or (H, W, C) with C = 1 to 4, channels last")
 
 
 def _checked_floats(array: NDArray[Any], what: str) -> NDArray[np.float32]:

@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sr3rt.durable import write_atomic
 from sr3rt.errors import ImageError
-from sr3rt.images import Picture
+from sr3rt.images import Picture, Restored, check_shape
 
 __all__ = ["SUFFIXES", "check", "check_target", "encode", "save"]
 
@@ -41,16 +42,20 @@ SUFFIXES: dict[str, str] = {
 }
 
 _LONGEST = {"JPEG": 65535, "WEBP": 16383}  # sides, pixels
+_LONGEST_COMMENT = 65533  # bytes in a JPEG: a segment's length is of 16 bits and counts its own two bytes
 QUALITY = 95  # of JPEG (without chroma subsampling) and WebP, the lossy formats
 _IMAGE_DESCRIPTION = 270  # TIFF 6.0, page 34
 
 
-def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[str, str] | None = None) -> None:
-    """Write a PIL image in the format that the suffix names, with its ICC profile and without EXIF data.
+def save(image: Restored, path: str | os.PathLike[str], *, provenance: dict[str, str] | None = None) -> None:
+    """Write a picture in the format that the suffix names, with its ICC profile and without EXIF data.
 
-    `provenance` (None: what the image carries from `upscale`; {}: nothing) goes into a PNG as text chunks, one per key (keys: 1 to 79
-    Latin-1 characters), into a JPEG's comment and a TIFF's ImageDescription as JSON; WebP, BMP and PPM have no place for it. The file
-    appears whole or not at all.
+    image: a PIL image, or an array as `upscale` gives it: uint8 (H, W) or (H, W, C), C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA; uint16
+    (H, W) or (H, W, 1), as Pillow has no 16-bit colour. Floats are refused: how to round them is the caller's to say.
+
+    `provenance` (None: what a PIL image carries from `upscale`; {}: nothing) goes into a PNG as text chunks, one per key (keys: 1 to 79
+    Latin-1 characters), into a JPEG's comment and a TIFF's ImageDescription as JSON; WebP, BMP and PPM have no place for it. A JPEG's is
+    left out where it is longer than a comment can be, 65,533 bytes. The file appears whole or not at all.
 
     Raises ImageError where the format cannot hold the picture or the file cannot be written.
     """
@@ -58,9 +63,10 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[s
     if path.suffix.lower() not in SUFFIXES:
         raise ImageError(f"{path}: the suffix {path.suffix!r} names no format; expected one of {', '.join(SUFFIXES)}")
     kind = SUFFIXES[path.suffix.lower()]
-    if provenance is None:
-        provenance = {key: text for key, text in image.info.items() if isinstance(key, str) and key.startswith("sr3rt:")}
     try:
+        image = _as_image(image)
+        if provenance is None:
+            provenance = {key: text for key, text in image.info.items() if isinstance(key, str) and key.startswith("sr3rt:")}
         encoded = encode(image, kind, provenance=provenance)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
@@ -68,6 +74,24 @@ def save(image: Image.Image, path: str | os.PathLike[str], *, provenance: dict[s
         write_atomic(path, encoded)
     except OSError as error:
         raise ImageError(f"{path} cannot be written: {error.strerror or error}; nothing was left behind") from error
+
+
+def _as_image(picture: Restored) -> Image.Image:
+    """Raises ImageError, saying what to do, for what Pillow has no mode for."""
+    if isinstance(picture, Image.Image):
+        return picture
+    if not isinstance(picture, np.ndarray):
+        raise ImageError(f"expected a PIL image or an array, found {type(picture).__qualname__}: of a list, save each picture")
+    what = f"the array {picture.shape} {picture.dtype}"
+    check_shape(picture, what)
+    if picture.dtype.kind == "f":
+        raise ImageError(f"{what}: expected whole numbers: of floats in [0,1], save np.round(array * 255).astype(np.uint8)")
+    if picture.dtype.kind != "u" or picture.dtype.itemsize > 2:
+        raise ImageError(f"{what}: expected uint8 or uint16: convert it first")
+    pixels = picture[..., 0] if picture.shape[2:] == (1,) else picture
+    if pixels.ndim == 3 and pixels.dtype.itemsize == 2:
+        raise ImageError(f"{what}: Pillow has no 16-bit colour or transparency: save np.round(array / 257).astype(np.uint8)")
+    return Image.fromarray(pixels.astype(pixels.dtype.newbyteorder("="), copy=False))
 
 
 def check_target(picture: Picture, path: Path, *, scale: int) -> None:
@@ -109,8 +133,8 @@ def _options(format: str, provenance: dict[str, str] | None) -> dict[str, Any]:
         options["pnginfo"] = PngInfo()
         for key, text in provenance.items():
             options["pnginfo"].add_text(key, text)
-    if provenance and format == "JPEG":
-        options["comment"] = json.dumps(provenance).encode("ascii")
+    if provenance and format == "JPEG" and len(comment := json.dumps(provenance).encode("ascii")) <= _LONGEST_COMMENT:
+        options["comment"] = comment
     if provenance and format == "TIFF":
         options["tiffinfo"] = {_IMAGE_DESCRIPTION: json.dumps(provenance)}
     return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,52 @@ def test_provenance_is_in_the_file(tmp_path: Path) -> None:
         save(photograph(), tmp_path / f"plain.{name}")
         assert "sr3rt:seed" in comment(tmp_path / f"out.{name}")
         assert "sr3rt" not in comment(tmp_path / f"plain.{name}")
+
+
+def test_a_comment_that_is_too_long_for_a_jpeg_is_left_out(tmp_path: Path) -> None:
+    for length, kept in ((65533, True), (65534, False)):
+        save(photograph(), tmp_path / "out.jpg", provenance={"sr3rt:schedule": "x" * (length - len('{"sr3rt:schedule": ""}'))})
+        assert len(reopened(tmp_path / "out.jpg").info.get("comment", b"")) == (length if kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "mode"),
+    [
+        ((6, 4), np.uint8, "L"),
+        ((6, 4, 1), np.uint8, "L"),
+        ((6, 4, 2), np.uint8, "LA"),
+        ((6, 4, 3), np.uint8, "RGB"),
+        ((6, 4, 4), np.uint8, "RGBA"),
+        ((6, 4), np.uint16, "I;16"),
+        ((6, 4, 1), np.dtype(">u2"), "I;16"),
+    ],
+)
+def test_an_array_is_written_as_the_picture_that_it_is(shape: tuple[int, ...], kind: Any, mode: str, tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, np.iinfo(kind).max, shape).astype(kind)
+    sr3rt.save(array, tmp_path / "out.png")
+    written = reopened(tmp_path / "out.png")
+    assert written.mode == mode
+    assert np.array_equal(np.asarray(written), array.reshape(np.asarray(written).shape))
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (
+            np.zeros((4, 4, 3), np.float32),
+            r"out\.png: the array \(4, 4, 3\) float32: .* save np\.round\(array \* 255\)\.astype\(np\.uint8\)",
+        ),
+        (np.zeros((4, 4, 3), np.uint16), r"no 16-bit colour .*: save np\.round\(array / 257\)\.astype\(np\.uint8\)"),
+        (np.zeros((4, 4), np.int64), "int64: expected uint8 or uint16: convert it first"),
+        (np.zeros((3, 8, 8), np.uint8), "channels last"),
+        (np.zeros((0, 8), np.uint8), "cannot be written as PNG"),
+        ([np.zeros((4, 4), np.uint8)], "found list: of a list, save each picture"),
+    ],
+)
+def test_what_is_no_picture_of_whole_numbers_is_refused(picture: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=message):
+        sr3rt.save(picture, tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
