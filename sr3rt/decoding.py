@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
@@ -56,6 +56,13 @@ _REFUSED: tuple[tuple[Callable[[bytes], bool], str], ...] = (
 )
 
 
+def too_large(found: str, field: Literal["file_bytes", "pixels"], limits: Limits) -> ImageTooLarge:
+    """The error for what was found to be over that field of the limits."""
+    limit = f"{getattr(limits, field)} {field.removeprefix('file_')}"
+    todo = f"give a smaller picture, or set another by sr3rt.load(limits=sr3rt.Limits({field}=…))"
+    return ImageTooLarge(f"{found}; the limit is {limit}: {todo}")
+
+
 def read_bytes(path: Path, limits: Limits) -> bytes:
     """The file's bytes, at most one more than the limit."""
     try:
@@ -63,8 +70,7 @@ def read_bytes(path: Path, limits: Limits) -> bytes:
         if not stat.S_ISREG(kind.st_mode):  # a pipe or a device might never end
             raise ImageError(f"{path} is {'a folder' if stat.S_ISDIR(kind.st_mode) else 'not a regular file'}; expected a picture file")
         if kind.st_size > limits.file_bytes:
-            told = f"{path} has {kind.st_size} bytes; the limit for a file is {limits.file_bytes}"
-            raise ImageTooLarge(f"{told}: sr3rt.load(limits=sr3rt.Limits(file_bytes=…)) sets another")
+            raise too_large(f"{path}: {kind.st_size} bytes", "file_bytes", limits)
         with open(path, "rb") as file:
             return file.read(limits.file_bytes + 1)
     except FileNotFoundError as error:

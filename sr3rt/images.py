@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from sr3rt.decoding import Limits, open_header, read_bytes, reason
+from sr3rt.decoding import Limits, open_header, read_bytes, reason, too_large
 from sr3rt.errors import ImageError, ImageTooLarge
 from sr3rt.transparency import reveal
 
@@ -85,15 +85,16 @@ def read(image: ImageLike, *, limits: Limits | None = None) -> Picture:
         return _from_pil(image, "the PIL image", limits)
     if isinstance(image, bytes | bytearray | memoryview):
         data = bytes(image)
-        what = f"the {len(data)} bytes given"
+        what = found = f"the {len(data)} bytes given"
     elif isinstance(image, str | os.PathLike):
         data, what = read_bytes(Path(image), limits), str(image)
+        found = f"{what}: {len(data)} bytes"
     else:
         raise ImageError(
             f"a picture is a path, bytes, a PIL image or a NumPy array; found {type(image).__module__}.{type(image).__qualname__}"
         )
     if len(data) > limits.file_bytes:
-        raise ImageTooLarge(f"{what}: over the limit of {limits.file_bytes} bytes for a file")
+        raise too_large(found, "file_bytes", limits)
     return _from_pil(open_header(data, what), what, limits)
 
 
@@ -204,7 +205,7 @@ def check_size(height: int, width: int, what: str, limits: Limits) -> None:
     if height < 1 or width < 1:
         raise ImageError(f"{what}: {width}×{height} pixels; expected at least 1×1")
     if height * width > limits.pixels:
-        raise ImageTooLarge(f"{what}: {width}×{height} = {height * width} pixels; the limit is {limits.pixels} pixels")
+        raise too_large(f"{what}: {width}×{height} = {height * width} pixels", "pixels", limits)
 
 
 def _picture(pixels: NDArray[Any], *, icc: bytes | None = None, dtype: np.dtype[Any] | None = None, channel_axis: bool = False) -> Picture:
