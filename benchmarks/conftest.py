@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="every workload, contender and batch size; hours on a CPU")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where contenders run")
     group.addoption("--threads", type=int, default=0, help="of each contender, on a CPU; 0: one for each core")
-    group.addoption("--seconds", type=float, default=None, help="for the rounds of one workload at one batch size, in each of two visits")
+    group.addoption("--seconds", type=float, default=None, help="for the rounds of one workload at one batch size, in each visit")
     group.addoption("--peer", metavar="DIR", help="a checkout of the public PyTorch implementation, to be timed beside ours (peer.py)")
     group.addoption("--report", type=Path, default=Path(__file__).parent / "report", help="folder for report.json and report.html")
 

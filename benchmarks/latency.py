@@ -19,6 +19,7 @@ from benchmarks.workloads import Workload
 from sr3rt.timing import Ratio, Summary, ratio
 
 REFERENCE, PEAK = "eager", "matmul"
+VISITS = 5  # with fewer an interval from drawing them would be too narrow
 LONGEST_PICTURES = 600  # seconds for timing whole pictures with all contenders
 MOST_OPERATIONS = 6e12  # of a step on a CPU: about a minute for two cores
 
@@ -91,7 +92,7 @@ class Measurement:
                 self._errors = _errors(racing)
                 self._pictures = {worker.name: {} for worker in racing}
                 for steps in self._plan.measured:
-                    if steps * sum(result.turns[worker.name].means[0] for worker in racing) > LONGEST_PICTURES:
+                    if steps * sum(result.turns[worker.name].means[0][0] for worker in racing) > LONGEST_PICTURES:
                         continue  # the report extrapolates, and says so
                     for name, seconds in _picture(racing, steps).items():
                         self._pictures[name][steps] = seconds
@@ -127,7 +128,7 @@ class Measurement:
         operations = workload.operations(self._batch)
         best = matmul.flops(self._plan.device) / min(result.turns[PEAK].wall)
         entry.update(
-            parameters=workload.parameters(), flops_per_step=operations, matmul_flops=best, rounds=result.rounds,
+            parameters=workload.parameters(), flops_per_step=operations, matmul_flops=best, visits=result.visits, rounds=result.rounds,
             dropped=result.dropped, busy=result.busy, foreign_load=result.load,
         )  # fmt: skip
         entry["contenders"] = [self._row(name, result, operations, best) for name in self._names if name in result.turns]

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from cyclopts import App
 
 from benchmarks import versus
-from benchmarks.versus import Worker
+from benchmarks.latency import VISITS
+from benchmarks.versus import Versus, Worker
 from benchmarks.workloads import WORKLOADS
 from sr3rt.backends import Request
 from sr3rt.timing import ratio
@@ -28,23 +29,30 @@ def planted(*, workload: str = "shipped", backend: str = "onnxruntime", seconds:
     backend
         Which of ours.
     seconds
-        For all rounds together.
+        For the rounds of all visits together.
     threads
         Of each contender; 0: one for each core.
     """
     WORKLOADS[workload].bundle()
     count = Request(threads=threads).thread_count
-    with ExitStack() as stack:
-        workers = [
-            stack.enter_context(Worker(backend, workload, batch=1, steps=25, threads=count, device="cpu", plant=plant)) for plant in PLANTS
-        ]
-        result = versus.run(workers, seconds=seconds)
-    ours, slowed, same = (result.turns[worker.name] for worker in workers)
+    result = _visit(workload, backend, count, seconds / VISITS)
+    for _ in range(VISITS - 1):
+        result.extend(_visit(workload, backend, count, seconds / VISITS))
+    ours, slowed, same = result.turns.values()
     slowdown, no_op = ratio(slowed.means, ours.means), ratio(same.means, ours.means)
     print(f"{result.rounds} rounds, {result.dropped} dropped{', machine busy' if result.busy else ''}")
     for title, found in (("10 % planted", slowdown), ("no-op planted", no_op)):
         print(f"{title}: {found} the time of ours, {'significant' if found.significant else 'not significant'}")
     return slowdown.significant and slowdown.value > 1 and not no_op.significant
+
+
+def _visit(workload: str, backend: str, threads: int, seconds: float) -> Versus:
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(Worker(backend, workload, batch=1, steps=25, threads=threads, device="cpu", plant=plant))
+            for plant in PLANTS
+        ]
+        return versus.run(workers, seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.conftest import Measurements
 from benchmarks.contenders import contenders
-from benchmarks.latency import Measurement, Plan
+from benchmarks.latency import VISITS, Measurement, Plan
 from benchmarks.versus import Worker
 from benchmarks.workloads import WORKLOADS
 
@@ -58,8 +58,9 @@ def test_step(workload: str, batch: int, contender: str, plan: Plan, benchmark: 
         benchmark.pedantic(lambda: worker.ask(do="steps", count=1), warmup_rounds=1, rounds=3)  # type: ignore[no-untyped-call]
 
 
-def test_versus_again(workload: str, batch: int, measurements: Measurements) -> None:
-    """The same minutes later and in new processes, for the same entry: its interval then knows how far machine and processes vary."""
+@pytest.mark.parametrize("visit", range(2, VISITS + 1))
+def test_versus_again(visit: int, workload: str, batch: int, measurements: Measurements) -> None:
+    """The same later and in new processes, for the same entry: its interval then knows how far machine and processes vary."""
     if (workload, batch) not in measurements:
         pytest.skip("adds to test_versus, which did not run")
     measurements[workload, batch].visit()

@@ -2,8 +2,8 @@
 
 A machine drifts and its other work comes and goes; whatever it does meets all contenders alike, because every round gives each of
 them one turn, in an order drawn anew. Between turns a contender is stopped (SIGSTOP), so that no thread of it spins into another's
-turn. Rounds with a turn during which other processes used more than 8 % of the machine are dropped and counted. What is quoted are
-ratios of medians over the kept rounds, with an interval.
+turn. Rounds with a turn during which other processes used more than 8 % of the machine are dropped and counted. All of it is done in
+several visits, each with new processes. What is quoted are ratios of medians over the kept rounds of all visits, with an interval.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import IO, Any, Self
 from sr3rt.timing import BUSY, Load
 
 TURN = 0.4  # seconds that a turn should take at least: /proc counts CPU time in hundredths
-LEAST, FEWEST, MOST = 3, 6, 400  # rounds in any case, quiet rounds wanted, rounds at most
+LEAST, MOST = 3, 400  # rounds, of them quiet where that can be had; rounds at most
 
 
 class WorkerDied(RuntimeError):
@@ -99,24 +99,24 @@ class Worker:
 
 @dataclass
 class Turns:
-    """What one contender did in the kept rounds. wall, cpu, network: seconds of every step. means: wall seconds a step, one per round.
+    """What one contender did in the kept rounds. wall, cpu, network: seconds of every step. host, device: peak bytes.
 
-    cpu_means: the same of CPU seconds, of all threads. host, device: peak bytes.
+    means: of each visit, wall seconds a step, one for each round. cpu_means: the same of CPU seconds, of all threads.
     """
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     network: list[float] = field(default_factory=list)
-    means: list[float] = field(default_factory=list)
-    cpu_means: list[float] = field(default_factory=list)
+    means: list[list[float]] = field(default_factory=lambda: [[]])
+    cpu_means: list[list[float]] = field(default_factory=lambda: [[]])
     host: int = 0
     device: int | None = None
 
     def add(self, answer: dict[str, Any]) -> None:
         for name in ("wall", "cpu", "network"):
             getattr(self, name).extend(answer[name])
-        self.means.append(sum(answer["wall"]) / len(answer["wall"]))
-        self.cpu_means.append(sum(answer["cpu"]) / len(answer["cpu"]))
+        self.means[-1].append(sum(answer["wall"]) / len(answer["wall"]))
+        self.cpu_means[-1].append(sum(answer["cpu"]) / len(answer["cpu"]))
         self.host, self.device = answer["host_bytes"], answer["device_bytes"]
 
     def extend(self, later: Turns) -> None:
@@ -131,7 +131,8 @@ class Turns:
 class Versus:
     """turns: by contender, of the `rounds` that were kept. dropped: rounds that other processes disturbed.
 
-    busy: fewer than 3 rounds were quiet, so all were kept and none was dropped. load: mean over rounds of the worst turn's foreign load.
+    busy: of a visit fewer than 3 rounds were quiet, so all were kept and none was dropped. load: mean over rounds of the worst turn's
+    foreign load.
     """
 
     turns: dict[str, Turns]
@@ -139,6 +140,7 @@ class Versus:
     dropped: int
     busy: bool
     load: float
+    visits: int = 1
 
     def extend(self, later: Versus) -> None:
         """The rounds of a later visit after these, of who was there both times."""
@@ -147,17 +149,18 @@ class Versus:
             turns.extend(later.turns[name])
         everything = self.rounds + self.dropped, later.rounds + later.dropped
         self.load = (self.load * everything[0] + later.load * everything[1]) / sum(everything)
+        self.visits += later.visits
         self.rounds, self.dropped, self.busy = self.rounds + later.rounds, self.dropped + later.dropped, self.busy or later.busy
 
 
 def run(workers: Sequence[Worker], *, seconds: float) -> Versus:
-    """Rounds for `seconds`, at least 3; up to twice as long while fewer than 6 of them were quiet. Raises WorkerDied."""
+    """Rounds for `seconds`, at least 3; up to twice as long while fewer than 3 of them were quiet. Raises WorkerDied."""
     counts = {worker.name: _steps_of_a_turn(worker) for worker in workers}
     pids = [os.getpid(), *(worker.pid for worker in workers)]
     taken: list[tuple[float, dict[str, dict[str, Any]]]] = []
     quiet: list[dict[str, dict[str, Any]]] = []
     begin = time.monotonic()
-    while len(taken) < MOST and (len(taken) < LEAST or time.monotonic() - begin < (seconds if len(quiet) >= FEWEST else 2 * seconds)):
+    while len(taken) < MOST and (len(taken) < LEAST or time.monotonic() - begin < (seconds if len(quiet) >= LEAST else 2 * seconds)):
         answers, worst = {}, 0.0
         for worker in random.sample(workers, len(workers)):
             load = Load(*pids)

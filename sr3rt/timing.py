@@ -53,22 +53,35 @@ class Ratio:
         return not self.low <= 1 <= self.high
 
 
-def ratio(numerator: Sequence[float], denominator: Sequence[float], *, draws: int = 4000) -> Ratio:
-    """Ratio of the medians of turns that were taken in rounds, with a percentile bootstrap over blocks of rounds.
+Visits = Sequence[Sequence[float]]
+"""Seconds of turns: for each visit, a time when contenders ran in processes of their own, one for each round, in order."""
 
-    Both sequences have one value for each round, in order. Rounds are drawn whole, since the two turns of one round share the
-    machine's mood, and in blocks of neighbours, since moods last (circular blocks: Politis and Romano 1992; of about n^(1/3): Hall
-    et al. 1995).
+
+def ratio(numerator: Visits, denominator: Visits, *, draws: int = 4000) -> Ratio:
+    """Ratio of the medians of turns that were taken in the same rounds, with a percentile bootstrap over visits and then over rounds.
+
+    Visits are drawn first, as rounds of one share its processes, which differ in how their memory happens to lie (Davison and Hinkley 1997,
+    section 3.8). Rounds are drawn whole, since the two turns of one share the machine's mood, and in blocks of neighbours, since
+    moods last (circular blocks: Politis and Romano 1992; of about n^(1/3): Hall et al. 1995). Of one visit the interval knows
+    nothing of other processes.
     """
-    a, b = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise ValueError(f"expected two sequences of one length, a value for each round, found shapes {a.shape} and {b.shape}")
-    n, block = len(a), math.ceil(len(a) ** (1 / 3))
-    starts = np.random.default_rng(0).integers(0, n, (draws, math.ceil(n / block), 1))
-    drawn = ((starts + np.arange(block)) % n).reshape(draws, -1)[:, :n]
-    ratios = np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Ratio(float(np.median(a) / np.median(b)), float(low), float(high))
+    visits = [np.array([a, b], np.float64) for a, b in zip(numerator, denominator, strict=True) if len(a) == len(b)]
+    if len(visits) != len(numerator) or not visits or not all(visit.size for visit in visits):
+        lengths = [list(map(len, one)) for one in (numerator, denominator)]
+        raise ValueError(f"expected a value for each round of each visit, found {lengths[0]} and {lengths[1]} of them")
+    random = np.random.default_rng(0)
+    drawn = np.full((2, draws, len(visits), max(visit.shape[1] for visit in visits)), np.nan)
+    chosen = random.integers(0, len(visits), (draws, len(visits)))
+    for k, visit in enumerate(visits):
+        n, (draw, place) = visit.shape[1], np.nonzero(chosen == k)
+        block = math.ceil(n ** (1 / 3))
+        starts = random.integers(0, n, (len(draw), math.ceil(n / block), 1))
+        rounds = ((starts + np.arange(block)) % n).reshape(len(draw), -1)[:, :n]
+        drawn[:, draw, place, :n] = visit[:, rounds]
+    medians = np.nanmedian(drawn.reshape(2, draws, -1), axis=2)
+    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    a, b = np.median(np.concatenate(visits, axis=1), axis=1)
+    return Ratio(float(a / b), float(low), float(high))
 
 
 class Load:

@@ -146,7 +146,7 @@ def race(*workers: Scripted, seconds: float = 0.05) -> versus.Versus:
 def test_every_round_gives_each_contender_a_turn_of_its_length() -> None:
     result = race(Scripted("slow", 0.3), Scripted("quick", 0.01))
     slow, quick = result.turns["slow"], result.turns["quick"]
-    assert len(slow.means) == len(quick.means) == result.rounds >= versus.LEAST
+    assert [len(slow.means[0])] == [len(one) for one in quick.means] == [result.rounds] and result.rounds >= versus.LEAST
     assert len(slow.wall) == 2 * result.rounds and len(quick.wall) == 40 * result.rounds  # 0.4 s each
     assert ratio(slow.means, quick.means).value == pytest.approx(30)
 
@@ -155,9 +155,10 @@ def test_a_later_visit_adds_its_rounds_of_who_is_still_there() -> None:
     first, second = race(Scripted("a", 0.1), Scripted("b", 0.2)), race(Scripted("a", 0.3))
     rounds, taken = first.rounds + second.rounds, first.rounds + first.dropped + second.rounds + second.dropped
     first.extend(second)
-    assert set(first.turns) == {"a"} and len(first.turns["a"].means) == first.rounds == rounds
+    assert set(first.turns) == {"a"} and sum(map(len, first.turns["a"].means)) == first.rounds == rounds
+    assert len(first.turns["a"].means) == first.visits == 2
     assert first.rounds + first.dropped == taken
-    assert (first.turns["a"].means[0], first.turns["a"].means[-1]) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert (first.turns["a"].means[0][0], first.turns["a"].means[1][-1]) == (pytest.approx(0.1), pytest.approx(0.3))
 
 
 def test_a_contender_that_dies_in_a_race_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
