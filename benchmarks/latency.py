@@ -85,7 +85,7 @@ class Measurement:
 
     def _visit(self) -> None:
         first = self._result is None
-        with self._workers() as workers:
+        with self._workers(together=not first) as workers:
             result = versus.run(workers, seconds=self._plan.seconds)
             if first:
                 racing = [worker for worker in workers if worker.name != PEAK]
@@ -105,16 +105,19 @@ class Measurement:
             self._result.extend(result)
 
     @contextmanager
-    def _workers(self) -> Iterator[list[Worker]]:
-        """A process for each contender that starts, and one for the matrix product; who does not start is skipped with its reason."""
-        plan = self._plan
+    def _workers(self, *, together: bool) -> Iterator[list[Worker]]:
+        """A process for each contender, and one for the matrix product. Started together they are ready sooner, but none as soon."""
+        plan, workers = self._plan, []
         with ExitStack() as stack:
-            yield [
-                stack.enter_context(
-                    Worker(name, self._workload.name, batch=self._batch, steps=plan.steps, threads=plan.threads, device=plan.device)
-                )
-                for name in (*self._names, PEAK)
-            ]
+            for name in (*self._names, PEAK):
+                worker = Worker(name, self._workload.name, batch=self._batch, steps=plan.steps, threads=plan.threads, device=plan.device)
+                stack.push(worker)
+                workers.append(worker)
+                if not together:
+                    worker.ready()
+            for worker in workers:
+                worker.ready()
+            yield workers
 
     def entry(self) -> dict[str, Any]:
         """The report's entry: what was skipped and why, and a row for each contender."""

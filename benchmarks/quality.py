@@ -26,7 +26,9 @@ from skimage.metrics import structural_similarity
 
 import sr3rt
 from sr3rt.bundle import Consistency
+from sr3rt.cli import run_command
 from sr3rt.consistency import consistency_psnr
+from sr3rt.errors import OptionError
 
 CROP = 128
 Pixels = NDArray[np.uint8]
@@ -58,15 +60,28 @@ class Quality:
         )
 
 
+def photographs(folder: Path, names: str) -> list[Image.Image]:
+    """Those of the folder that the glob names. Raises OptionError for none, or one that is smaller than a crop."""
+    paths = sorted(path for path in folder.glob(names) if path.is_file())
+    if not paths:
+        raise OptionError(f"{folder} holds no {names}: give --images a folder of photographs, and --names '*.jpg' or what theirs are")
+    found = [Image.open(path).convert("RGB") for path in paths]
+    for path, picture in zip(paths, found, strict=True):
+        if min(picture.size) < CROP:
+            raise OptionError(f"{path} is {picture.width}×{picture.height}: expected {CROP}×{CROP} at least, which is what a crop takes")
+    return found
+
+
 def crops(picture: Image.Image) -> list[Image.Image]:
-    """The middles of a 3×2 grid (2×3 for an upright picture), 128×128 each."""
+    """The middles of a 3×2 grid (2×3 for an upright picture), 128×128 each; of small ones they overlap."""
     columns, rows = (3, 2) if picture.width >= picture.height else (2, 3)
-    corners = [
-        (round((c + 0.5) * picture.width / columns - CROP / 2), round((r + 0.5) * picture.height / rows - CROP / 2))
-        for r in range(rows)
-        for c in range(columns)
-    ]
+    corners = [(_corner(picture.width, c, columns), _corner(picture.height, r, rows)) for r in range(rows) for c in range(columns)]
     return [picture.crop((left, top, left + CROP, top + CROP)) for left, top in corners]
+
+
+def _corner(length: int, k: int, parts: int) -> int:
+    """Where the crop in the middle of part k begins, moved so that all of it is inside."""
+    return min(max(0, round((k + 0.5) * length / parts - CROP / 2)), length - CROP)
 
 
 def psnr(picture: NDArray[np.generic], original: Pixels) -> float:
@@ -173,7 +188,7 @@ def main(
         JSON file for the figures.
     """
     upscaler = sr3rt.load(model)
-    originals = [crop for path in sorted(images.glob(names)) for crop in crops(Image.open(path).convert("RGB"))]
+    originals = [crop for picture in photographs(images, names) for crop in crops(picture)]
     rows = []
     head = ("sampler", "steps", "consistency", "one sample", "mean of samples", "SSIM", "high frequencies", "consistency")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
@@ -194,4 +209,4 @@ def main(
 if __name__ == "__main__":
     app = App(help=__doc__)
     app.default(main)
-    app()
+    run_command(app)

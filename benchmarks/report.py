@@ -52,10 +52,12 @@ def page(data: dict[str, Any], quality: Sequence[dict[str, Any]]) -> str:
 
 def markdown(data: dict[str, Any]) -> str:
     """The README's table: a line for each workload, batch and contender."""
-    environment = data["environment"]
+    environment, visits = data["environment"], min(entry["visits"] for entry in data["entries"])
     lines = [
         f"{environment['cpu']}{', ' + environment['gpu'] if environment['gpu'] else ''}, {environment['threads']} threads, "
-        f"{environment['date'][:10]}; medians of interleaved turns, 95 % intervals:",
+        f"{environment['date'][:10]}; medians of interleaved turns in {visits} visits, 95 % intervals. "
+        "Shares are of the best float32 matrix product, with a convolution's operations as the direct sum has them, of which Winograd's "
+        "takes a quarter:",
         "",
         "| workload | contender | a step, p50 | eager ÷ it | best matmul's share | relative error |",
         "|---|---|---|---|---|---|",
@@ -96,8 +98,8 @@ def _entry(entry: Entry) -> str:
         busy = " <strong>The machine was busy: disturbed rounds had to be kept.</strong>" if entry["busy"] else ""
         text += (
             f"<p>{entry['parameters']:,} parameters, {entry['flops_per_step'] / 1e9:.1f} GFLOP a step; best matrix product "
-            f"{entry['matmul_flops'] / 1e9:.0f} GFLOP/s; {entry['rounds']} rounds, {entry['dropped']} dropped as disturbed, "
-            f"{entry['foreign_load']:.0%} foreign load.{busy}</p>"
+            f"{entry['matmul_flops'] / 1e9:.0f} GFLOP/s; {entry['rounds']} rounds in {entry['visits']} visits, "
+            f"{entry['dropped']} dropped as disturbed, {entry['foreign_load']:.0%} foreign load.{busy}</p>"
         )
         columns = {row["title"]: _figures(row, entry["batch"]) for row in entry["contenders"]}
         names = next(iter(columns.values()))

@@ -39,7 +39,7 @@ class WorkerDied(RuntimeError):
 
 
 class Worker:
-    """A contender's process, stopped but while it has a turn. Use as a context manager."""
+    """A contender's process, stopped, once it is ready, but while it has a turn. Use as a context manager, whose block begins then."""
 
     def __init__(
         self, contender: str, workload: str, *, batch: int, steps: int, threads: int, device: str, plant: float | None = None
@@ -50,7 +50,7 @@ class Worker:
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
         self._words: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, __exit__ closes it
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps({**order, "plant": plant})],
+            [sys.executable, "-m", "benchmarks.worker", json.dumps({**order, "plant": plant, "parent": os.getpid()})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
@@ -59,8 +59,13 @@ class Worker:
             cwd=Path(__file__).parent.parent,
         )
         self.pid = self._process.pid
-        self.cold = self._answer()
-        self._stop()
+        self.cold: dict[str, float] = {}
+
+    def ready(self) -> None:
+        """Wait until it has done a first step, and stop it; `cold` then says how long that took. Raises WorkerDied."""
+        if not self.cold:
+            self.cold = self._answer()
+            self._stop()
 
     def ask(self, **command: object) -> dict[str, Any]:
         """One turn. Raises WorkerDied."""
@@ -88,6 +93,11 @@ class Worker:
         os.kill(self.pid, signal.SIGSTOP)
 
     def __enter__(self) -> Self:
+        try:
+            self.ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:

@@ -7,15 +7,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 BORN = time.perf_counter()
+
+
+def end_with(parent: int) -> None:
+    """However that process ends, this one does too, even while it is stopped (prctl(2), PR_SET_PDEATHSIG). On Linux."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended already
+            sys.exit(1)
 
 
 def serve(order: dict[str, Any]) -> None:
@@ -109,4 +119,6 @@ def _device_peak(device: str) -> int | None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    serve(json.loads(sys.argv[1]))
+    asked = json.loads(sys.argv[1])
+    end_with(asked.pop("parent"))
+    serve(asked)

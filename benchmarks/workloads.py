@@ -153,9 +153,8 @@ class Task:
 
 
 def _digest() -> str:
-    """Of the sources that decide what an exported network is."""
-    folder = Path(sr3rt.__file__).parent / "export"
-    sources = [*sorted((folder / "nets").glob("*.py")), folder / "program.py", folder / "to_onnx.py"]
+    """Of the exporter's sources, which decide what an exported network is."""
+    sources = sorted((Path(sr3rt.__file__).parent / "export").rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 

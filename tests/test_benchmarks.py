@@ -6,9 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def entry(batch: int) -> dict[str, Any]:
     return {
         "workload": "shipped", "title": "shipped model, 64→256", "side": 256, "batch": batch, "device": "cpu", "contenders": rows,
         "skipped": {"half": "this CPU has no bfloat16"}, "parameters": 2_896_204, "flops_per_step": 17_271_693_312,
-        "matmul_flops": 1.1e11, "rounds": 40, "dropped": 2, "busy": False, "foreign_load": 0.01,
+        "matmul_flops": 1.1e11, "visits": 5, "rounds": 40, "dropped": 2, "busy": False, "foreign_load": 0.01,
     }  # fmt: skip
 
 
@@ -84,8 +84,28 @@ def test_a_contender_that_dies_is_named_with_its_last_words() -> None:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(WorkerDied, match="onnxruntime ended with status -9"):
             worker.ask(do="steps", count=1)
-    with pytest.raises(WorkerDied, match="KeyError: 'nobody'"):
-        Worker("nobody", "shipped", batch=1, steps=2, threads=1, device="cpu")
+    with pytest.raises(WorkerDied, match="KeyError: 'nobody'"), Worker("nobody", "shipped", batch=1, steps=2, threads=1, device="cpu"):
+        pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has what it takes")
+def test_no_contender_outlives_the_benchmark() -> None:
+    code = (
+        "import time\n"
+        "from benchmarks.versus import Worker\n"
+        "with Worker('matmul', 'shipped', batch=1, steps=2, threads=1, device='cpu') as worker:\n"
+        "    print(worker.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as benchmark:
+        assert benchmark.stdout is not None
+        pid = int(benchmark.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        benchmark.kill()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}/exe").exists() and time.monotonic() < end:  # a zombie, where nobody reaps, has none
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}/exe").exists()
 
 
 def test_every_contender_says_why_it_cannot_run() -> None:
@@ -130,6 +150,11 @@ class Scripted:
 
     def __init__(self, name: str, seconds: float, lives: int = 10**6) -> None:
         self.name, self.seconds, self.lives = name, seconds, lives
+        self.cold: dict[str, float] = {}
+
+    def ready(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
     def ask(self, *, do: str, count: int, warm: int) -> dict[str, Any]:
         self.lives -= 1
@@ -164,11 +189,8 @@ def test_a_later_visit_adds_its_rounds_of_who_is_still_there() -> None:
 def test_a_contender_that_dies_in_a_race_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = {"eager": 10**6, "onnxruntime": 2, "matmul": 10**6}
 
-    @contextmanager
-    def scripted(name: str, *_: object, **__: object) -> Iterator[Scripted]:
-        worker = Scripted(name, 0.1, turns[name])
-        worker.cold = {}  # type: ignore[attr-defined]
-        yield worker
+    def scripted(name: str, *_: object, **__: object) -> Scripted:
+        return Scripted(name, 0.1, turns[name])
 
     monkeypatch.setattr(latency, "Worker", scripted)
     monkeypatch.setattr(latency, "_errors", lambda workers: {})

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from test_upscaler import upscaler
 
+from sr3rt.errors import OptionError
+
 PATH = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 
 
@@ -61,3 +63,14 @@ def test_measure_compares_with_the_originals(quality: ModuleType) -> None:
     assert figures.bicubic_high_frequencies < 0.05
     off = quality.measure(upscaler(), [original], samples=1, steps=2, consistency="off")
     assert off.consistency_db < figures.consistency_db
+
+
+def test_crops_lie_inside_and_what_is_too_small_or_missing_is_told(quality: ModuleType, tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((150, 128)).save(tmp_path / "a.png")
+    (picture,) = quality.photographs(tmp_path, "*.png")
+    assert all(np.asarray(crop).min(axis=(0, 1))[0] == 0 and np.asarray(crop)[-1].min() > 200 for crop in quality.crops(picture))
+    with pytest.raises(OptionError, match=r"holds no \*\.jpg: give --images"):
+        quality.photographs(tmp_path, "*.jpg")
+    Image.new("RGB", (127, 300)).save(tmp_path / "b.png")
+    with pytest.raises(OptionError, match=r"b\.png is 127×300: expected 128×128 at least"):
+        quality.photographs(tmp_path, "*.png")

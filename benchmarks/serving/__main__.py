@@ -6,6 +6,7 @@ batching    step-level batching against whole requests and one at a time, the sa
 overhead    one client against `upscale` in the same process
 guard       what the guard adds to a small request
 cancels     a thousand cancelled requests beside others
+sweep       Triton's perf_analyzer, with more and more clients
 all         all of these, about half an hour on two cores; nothing else should run
 table       write docs/serving.md's table from the JSON
 """
@@ -44,12 +45,15 @@ app = App(help=__doc__)
 @app.default
 def measure(*names: str) -> None:
     """Run experiments, print what they found and put it into the report."""
-    for name in EXPERIMENTS if names == ("all",) else names:
+    unknown = ", ".join(name for name in names if name not in (*EXPERIMENTS, "all"))
+    if unknown or not names:
+        raise SystemExit(f"found {unknown or 'no experiment'}, expected some of {', '.join(EXPERIMENTS)}, or all")
+    for name in EXPERIMENTS if "all" in names else names:
         found = EXPERIMENTS[name]()
         print(json.dumps({name: found}, indent=1))
         report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
         report[name] = found
-        report["environment"] = describe(threads=0)
+        report.setdefault("environment", {})[name] = describe(threads=0)
         REPORT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -27,9 +27,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _facts(report: dict[str, Any]) -> list[str]:
     mixed, over, alone, guard, cancels = (report[name] for name in ("mixed", "overload", "overhead", "guard", "cancels"))
-    leak, where = over["leaking"], report["environment"]
+    leak = over["leaking"]
     return [
-        f"On {where['cores']} cores of an {where['cpu']}, with the model that ships, {where['date'][:10]}:",
+        f"With the model that ships, {_where(report['environment'])}:",
         "",
         f"- {mixed['requests']} concurrent requests of mixed sizes, steps (4 to 50) and samplers: {mixed['answered']} answered, each "
         f"within {mixed['worst_levels']} of 255 levels of what `upscale` gives for its seed.",
@@ -48,6 +48,14 @@ def _facts(report: dict[str, Any]) -> list[str]:
         f"{cancels['neighbours']} neighbours' results within {cancels['worst_levels']} levels of their own, "
         f"{cancels['queued_and_running_after']:.0f} left running, memory {cancels['memory_growth_mib']:+.0f} MiB.",
     ]
+
+
+def _where(environments: dict[str, dict[str, Any]]) -> str:
+    """Where and when; of each experiment, where they were not all measured on one machine and day."""
+    found: dict[str, list[str]] = {}
+    for name, one in environments.items():
+        found.setdefault(f"on {one['cores']} cores of an {one['cpu']}, {one['date'][:10]}", []).append(name)
+    return "; ".join(place if len(found) == 1 else f"{', '.join(names)} {place}" for place, names in found.items())
 
 
 def _batching(rows: list[dict[str, Any]]) -> list[str]:
