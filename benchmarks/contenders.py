@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from benchmarks.workloads import Task
 from sr3rt import _native, backends
-from sr3rt.backends import Floats
+from sr3rt.backends import Floats, onnxruntime
 from sr3rt.bench import EngineLoop, Noise
 
 if TYPE_CHECKING:
@@ -116,9 +116,11 @@ def _why_not_compiled(device: str) -> str | None:
 
 
 def _why_not_ours(backend: str, device: str) -> str | None:
-    if (device == "cuda") != (backend in ("tensorrt", "torch")):
+    if backend != "onnxruntime" and (device == "cuda") != (backend in ("tensorrt", "torch")):
         return f"this backend does not run on the {device}"
-    return backends.why_not(backend)
+    if reason := backends.why_not(backend):
+        return reason
+    return onnxruntime.why_not_on_gpu() if backend == "onnxruntime" and device == "cuda" else None
 
 
 def _why_not_bf16(device: str) -> str | None:

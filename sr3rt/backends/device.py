@@ -25,6 +25,7 @@ Enqueue = Callable[[int, int, int, int], None]
 SLOT = np.dtype([("seed", "u8"), ("table", "u8"), *((name, "u4") for name in ("rows", "row", "broken", "top", "left", "unused"))])
 """`Slot` of native/step.cu."""
 
+BATCHES = (1, 2, 4, 8, 16)  # of a network that can take any number: few, as each has graphs of its own
 AHEAD = 2  # steps that may be queued on the GPU: it never waits for the host, and who joins waits for no more than these
 TABLES = 32  # different runs whose tables are kept
 THREADS = 256  # of a block

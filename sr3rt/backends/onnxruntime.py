@@ -1,19 +1,26 @@
-"""onnxruntime on the CPU: inputs and output bound to the loop's own arrays, so that a step copies nothing."""
+"""onnxruntime. On the CPU inputs and output are bound to the loop's own arrays, so that a step copies nothing; on a GPU its calls go to the
+stream of the loop of backends/device.py, and are captured with the step. That one needs onnxruntime-gpu in place of onnxruntime.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sr3rt.backends import Floats, Request
+from sr3rt.backends import Floats, Request, cuda, device
+from sr3rt.backends.cuda import Gpu, Stream
+from sr3rt.backends.device import BATCHES, Enqueue, OnDevice
 from sr3rt.bundle import HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle
 from sr3rt.errors import BackendError, MissingExtra
 
 if TYPE_CHECKING:
     import onnxruntime
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def why_not() -> str | None:
@@ -27,9 +34,19 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
         return f"the onnxruntime backend has fp32 and fp16, precision {request.precision!r} was asked for: use auto or fp32"
     if _graph(request)[0] not in bundle.manifest.files:
         return f"{bundle.path} has no network in {_graph(request)[1]}: make it with  python export/to_trt.py {bundle.path}"
-    if request.device not in ("auto", "cpu"):
-        return f"the onnxruntime backend runs on the cpu, device {request.device!r} was asked for: use auto or cpu"
-    return None
+    return None if request.device in ("auto", "cpu") else why_not_on_gpu()
+
+
+def why_not_on_gpu() -> str | None:
+    """Why onnxruntime, which is installed, cannot run on a GPU here, or None when it can."""
+    import onnxruntime
+
+    if CUDA not in onnxruntime.get_available_providers():
+        return (
+            f"onnxruntime {onnxruntime.__version__} here was built for the CPU alone: to run it on a GPU,  pip uninstall onnxruntime  "
+            "and then  pip install onnxruntime-gpu  (the two overwrite each other)"
+        )
+    return cuda.why_not()
 
 
 def _graph(request: Request) -> tuple[str, str]:
@@ -37,20 +54,34 @@ def _graph(request: Request) -> tuple[str, str]:
     return (HALF, "fp16") if request.precision == "fp16" else (NETWORK, "fp32")
 
 
-def load(bundle: Bundle, request: Request) -> OrtNetwork:
+def load(bundle: Bundle, request: Request) -> OrtNetwork | OrtOnGpu:
     """Raises MissingExtra, BackendError (precision or device that it does not have) or BundleCorrupt."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise
-        raise MissingExtra("the onnxruntime backend", "onnxruntime", "cpu") from None
-    reason = refusal(bundle, request)
-    if reason:
+    if not find_spec("onnxruntime"):
+        raise MissingExtra("the onnxruntime backend", "onnxruntime", "cpu")
+    if reason := refusal(bundle, request):
         raise BackendError(reason)
     name, precision = _graph(request)
+    if request.device in ("auto", "cpu"):
+        return OrtNetwork(_session(bundle, name, [CPU], threads=request.thread_count), precision)
+    gpu = Gpu(device.gpu_index(request.device))
+
+    def on(stream: Stream) -> onnxruntime.InferenceSession:
+        return _session(bundle, name, [_on_stream(gpu, stream), CPU], threads=1)
+
+    return OrtOnGpu(on, gpu, channels=bundle.manifest.channels, precision=precision)
+
+
+def _on_stream(gpu: Gpu, stream: Stream) -> tuple[str, dict[str, str]]:
+    """The provider whose calls go to that stream, in float32 proper."""
+    return CUDA, {"device_id": str(gpu.index), "user_compute_stream": str(stream.handle), "use_tf32": "0"}
+
+
+def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -> onnxruntime.InferenceSession:
+    """The bundle's graph `name`. Raises BackendError, BundleCorrupt."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = request.thread_count
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads would take the loop's processors
@@ -59,10 +90,9 @@ def load(bundle: Bundle, request: Request) -> OrtNetwork:
     options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], [*map(len, weights.values())])
     model = bundle.read(name)
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions have no common base
         raise BackendError(f"onnxruntime {onnxruntime.__version__} cannot load {bundle.path / name}: {error}") from error
-    return OrtNetwork(session, precision)
 
 
 class OrtNetwork:
@@ -94,3 +124,58 @@ class OrtNetwork:
                 ) from error
 
         return run
+
+
+class OrtOnGpu(OnDevice):
+    """A `Network` over sessions on a GPU, one for each stream, as a session has its own. Safe to use from several threads.
+
+    on: makes a session whose calls go to that stream.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(self, on: Callable[[Stream], onnxruntime.InferenceSession], gpu: Gpu, *, channels: int, precision: str = "fp32") -> None:
+        super().__init__(gpu)
+        self._on, self._channels, self.precision = on, channels, precision
+        self._sessions = WeakKeyDictionary[Stream, "onnxruntime.InferenceSession"]()
+
+    def batches(self, height: int, width: int) -> tuple[int, ...]:
+        """As `DeviceNetwork.batches`: a session takes any, and a few make few graphs."""
+        return BATCHES
+
+    def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
+        """As `DeviceNetwork.enqueuer`. A session's first call chooses algorithms and takes its memory; none later takes more."""
+        if stream not in self._sessions:
+            self._sessions[stream] = self._on(stream)
+        session, picture = self._sessions[stream], (batch, self._channels, height, width)
+        run, bindings = _enqueuer(session, stream), dict[tuple[int, ...], Any]()
+
+        def enqueue(x: int, y: int, level: int, out: int) -> None:
+            addresses = x, y, level, out
+            if addresses not in bindings:
+                bindings[addresses] = binding = session.io_binding()
+                for name, shape, address in (("x", picture, x), ("y", picture, y), ("level", (batch, 1), level)):
+                    binding.bind_input(name, *self._place(), np.float32, shape, address)
+                binding.bind_output("out", *self._place(), np.float32, picture, out)
+            try:
+                run(bindings[addresses])
+            except Exception as error:  # onnxruntime's own exceptions have no common base
+                raise BackendError(f"onnxruntime failed on {'×'.join(map(str, picture))} on {self.gpu.name}: {error}") from error
+
+        return enqueue
+
+    def _place(self) -> tuple[str, int]:
+        return "cuda", self.gpu.index
+
+
+def _enqueuer(session: onnxruntime.InferenceSession, stream: Stream) -> Callable[[Any], None]:
+    """A function that puts the call of a binding on the session's stream, which is this one, and does not wait for it."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def run(binding: Any, _held: Stream = stream) -> None:  # of which the session has only the handle
+        session.run_with_iobinding(binding, options)
+
+    return run

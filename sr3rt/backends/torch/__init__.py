@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sr3rt.backends import Floats, Request, cuda, device
 from sr3rt.backends.cuda import Gpu, Stream
-from sr3rt.backends.device import Enqueue, OnDevice
+from sr3rt.backends.device import BATCHES, Enqueue, OnDevice
 from sr3rt.bundle import PROGRAM, Bundle
 from sr3rt.errors import BackendError, MissingExtra
 from sr3rt.program import opened
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-BATCHES = (1, 2, 4, 8, 16)
 _FLAGS = threading.Lock()  # PyTorch's flags are the process's
 
 Module = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
