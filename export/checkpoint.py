@@ -40,7 +40,7 @@ class Checkpoint:
     inference: the schedule of the config's "val" section, if a config was given and has one.
     level: what the network is conditioned on. variance: of the ancestral sampler, (1-γ_{t-1})/(1-γ_t)·β_t or the paper's 1-α_t.
     image_size: height and width of the pictures in training, pixels, if known.
-    sha256: of the file, hexadecimal.
+    sha256: of the file, hexadecimal. config_sha256: of the config, if one was given.
     assumptions: whatever was neither read from the file nor from the config, one sentence each, and how norm_groups was checked.
     """
 
@@ -56,6 +56,7 @@ class Checkpoint:
     channels: int
     image_size: int | None
     sha256: str
+    config_sha256: str | None
     assumptions: tuple[str, ...]
 
 
@@ -144,6 +145,7 @@ def read_public(
         channels=net.config.channels,
         image_size=chosen_size,
         sha256=sha256,
+        config_sha256=None if said is None else said.sha256,
         assumptions=(*assumptions, remark_on_groups),
     )
 
@@ -269,5 +271,6 @@ def read_own(weights: Weights, path: Path, *, scale: int | None, image_size: int
         channels=net.config.channels,
         image_size=image_size,
         sha256=sha256,
+        config_sha256=None,
         assumptions=tuple(assumptions),
     )

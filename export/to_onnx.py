@@ -178,8 +178,20 @@ def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sample
         level=read.level,
         trained=read.trained or ScheduleSpec("gammas", gammas=tuple(read.gammas.tolist())),
         defaults=Defaults(count, str(chosen), consistency, None if steps else spec),
-        source={"checkpoint_sha256": read.sha256, "assumptions": list(read.assumptions), "exporter": f"sr3rt {__version__}"},
+        source=_source(read),
     )
+
+
+def _source(read: checkpoints.Checkpoint) -> dict[str, Any]:
+    """What the bundle was made from and with, as far as it is known. to_trt compares it with what it is told."""
+    facts = {
+        "checkpoint_sha256": read.sha256,
+        "config_sha256": read.config_sha256,
+        "norm_groups": getattr(read.net.config, "norm_groups", None),
+        "image_size": read.image_size,
+    }
+    known = {name: value for name, value in facts.items() if value is not None}
+    return {**known, "assumptions": list(read.assumptions), "exporter": f"sr3rt {__version__}"}
 
 
 def command(name: str) -> App:

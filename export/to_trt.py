@@ -32,6 +32,7 @@ from sr3rt.errors import BackendError, BundleCorrupt, OptionError
 from sr3rt.export import builder, parity
 from sr3rt.export.precision import half
 from sr3rt.export.progress import Progress, progress_line
+from sr3rt.export.training_config import read_config
 from sr3rt.golden import answer
 
 LIMITS = parity.Limits(net=5e-3, picture=5e-2)
@@ -52,6 +53,7 @@ def to_trt(
     norm_groups: int | None = None,
     image_size: int | None = None,
     scale: int | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Build TensorRT engines into a bundle.
 
@@ -60,7 +62,8 @@ def to_trt(
     source
         A bundle, or a checkpoint, which is exported first.
     output
-        The bundle of a checkpoint; CKPT with the suffix .sr3 when not given. What is there already is used if it is of this checkpoint.
+        The bundle of a checkpoint; CKPT with the suffix .sr3 when not given. One that is there already is used if it is of this checkpoint
+        and was exported with the options below that are given.
     batch
         Batch sizes, as 1,4,8: an engine for each.
     size
@@ -79,12 +82,15 @@ def to_trt(
         For a checkpoint: side of the pictures it was trained on, pixels.
     scale
         For a checkpoint: magnification.
+    overwrite
+        For a checkpoint: export it anew where its bundle is there already.
     """
     batches, sizes = _numbers(batch), _sizes(size)
     if opt_level not in (None, *range(6)):
         raise OptionError(f"--opt-level must be from 0 to 5, found {opt_level}")
-    of_checkpoints = {"--output": output, "--config": config, "--norm-groups": norm_groups, "--image-size": image_size, "--scale": scale}
-    given = [name for name, value in of_checkpoints.items() if value is not None]
+    told: dict[str, Any] = {"config": config, "norm_groups": norm_groups, "image_size": image_size, "scale": scale}
+    of_checkpoints = {"output": output, **told, "overwrite": overwrite or None}
+    given = [f"--{name.replace('_', '-')}" for name, value in of_checkpoints.items() if value is not None]
     if source.is_dir() and given:
         raise OptionError(f"{source} is a bundle, which engines are built into: {', '.join(given)} can only be told for a checkpoint")
     with progress_line() as progress:
@@ -92,7 +98,12 @@ def to_trt(
             target = source
         else:
             target = output or source.parent / f"{source.stem}.sr3"
-            _export(source, target, config=config, norm_groups=norm_groups, image_size=image_size, scale=scale)
+            if target.exists() and not overwrite:
+                _check_origin(target, source, told)
+            else:
+                from sr3rt.export.to_onnx import export  # needs torch, which a bundle does not
+
+                export(source, output=target, overwrite=overwrite, **told)
         bundle = Bundle.open(target)
         shapes = [(count, *sides) for count, sides in product(batches, sizes)]
         _check(shapes, bundle.manifest)
@@ -122,17 +133,30 @@ def _why_not() -> str | None:
     return None
 
 
-def _export(source: Path, target: Path, **options: Any) -> None:
-    """The checkpoint's bundle, unless it is there."""
-    if not target.exists():
-        from sr3rt.export.to_onnx import export  # needs torch, which a bundle does not
-
-        export(source, output=target, **options)
-        return
-    with source.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if Bundle.open(target).manifest.source.get("checkpoint_sha256") != found:
-        raise OptionError(f"{target} is the bundle of another checkpoint than {source}: choose another name with --output")
+def _check_origin(target: Path, source: Path, told: Mapping[str, Any]) -> None:
+    """Raises OptionError when the bundle is of another checkpoint than `source`, or not known to be of the options that were `told`."""
+    manifest = Bundle.open(target).manifest
+    if manifest.source.get("checkpoint_sha256") != _digest(source):
+        raise OptionError(
+            f"{target} is the bundle of another checkpoint than {source}: choose another name with --output, or give --overwrite"
+        )
+    made_with = manifest.source
+    pairs = {
+        "--config": (told["config"] and read_config(told["config"]).sha256, made_with.get("config_sha256")),
+        "--norm-groups": (told["norm_groups"], made_with.get("norm_groups")),
+        "--image-size": (told["image_size"], made_with.get("image_size")),
+        "--scale": (told["scale"], manifest.scale),
+    }
+    differing = [
+        f"{option} is {_short(value)}, the bundle's is {_short(made)}"
+        for option, (value, made) in pairs.items()
+        if value not in (None, made)
+    ]
+    if differing:
+        raise OptionError(
+            f"{target} is there already and was exported otherwise: {'; '.join(differing)}. To use it as it is leave that out; to export "
+            "the checkpoint anew give --overwrite, or --output with another name"
+        )
 
 
 def _with_half(bundle: Bundle, folder: Path, shapes: Sequence[Shape], progress: Progress) -> Manifest:
@@ -235,6 +259,11 @@ def _check(shapes: Sequence[Shape], manifest: Manifest) -> None:
     for _, height, width in shapes:
         if height % manifest.stride or width % manifest.stride:
             raise OptionError(f"--size has {height}×{width}, expected multiples of {manifest.stride}, which this network needs")
+
+
+def _short(value: object) -> str:
+    """Of a digest the beginning."""
+    return "not known" if value is None else f"of SHA-256 {value[:12]}…" if isinstance(value, str) else str(value)
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ DEFAULT_NORM_GROUPS = 32  # what the implementation takes when its config names 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What a config says. attention: levels, worked out from `attn_res` and `image_size`. None: it says nothing."""
+    """What a config says. sha256: of the file. attention: levels, worked out from `attn_res` and `image_size`. None: it says nothing."""
 
+    sha256: str
     variant: str
     in_channels: int
     channels: int
@@ -46,7 +48,8 @@ def without_comments(text: str) -> str:
 def read_config(path: Path) -> TrainingConfig:
     """Raises CheckpointError when the file cannot be read, is not JSON, lacks an entry or has one of the wrong type."""
     try:
-        content = json.loads(without_comments(path.read_text(encoding="utf-8")))
+        data = path.read_bytes()
+        content = json.loads(without_comments(data.decode("utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"the config {path} cannot be read: {error}") from None
     except ValueError as error:
@@ -57,6 +60,7 @@ def read_config(path: Path) -> TrainingConfig:
     attended = entries.integers("model.unet.attn_res")
     val = entries.get("model.beta_schedule.val")
     return TrainingConfig(
+        sha256=hashlib.sha256(data).hexdigest(),
         variant=entries.text("model.which_model_G"),
         in_channels=entries.integer("model.unet.in_channel"),
         channels=entries.integer("model.unet.out_channel"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -99,6 +100,8 @@ def test_manifest_says_what_the_checkpoint_and_its_config_say(exported: Exported
     assert manifest.parameters == sum(value.numel() for name, value in net.items() if name.startswith("denoise_fn."))
     assert (manifest.architecture, manifest.prediction, manifest.level) == ("sr3", "eps", "sqrt_gamma")
     assert (manifest.channels, manifest.scale, manifest.stride, manifest.attention_stride) == (3, 4, 4, 2)
+    assert manifest.source["config_sha256"] == hashlib.sha256(CONFIG.read_bytes()).hexdigest()
+    assert (manifest.source["norm_groups"], manifest.source["image_size"]) == (8, 32)
     assert manifest.defaults.sampler == "posterior"
     assert manifest.defaults.schedule is not None
     assert manifest.defaults.steps == manifest.defaults.schedule.steps == 20

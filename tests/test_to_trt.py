@@ -109,6 +109,38 @@ def test_a_checkpoint_is_exported_first(tmp_path: Path, instant: list[dict[str, 
         to_trt(GOLDEN / "sr3_c" / "I10_E1_gen.pth", output=tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"config": GOLDEN / "ddpm_e" / "config.json"}, r"--config is of SHA-256 \w{12}…, the bundle's is of SHA-256 \w{12}…"),
+        ({"norm_groups": 4, "scale": 2}, "--norm-groups is 4, the bundle's is 8; --scale is 2, the bundle's is 4"),
+        ({"image_size": 64}, "--image-size is 64, the bundle's is 32"),
+    ],
+)
+def test_a_bundle_is_not_taken_for_one_of_other_options(
+    options: dict[str, Any], words: str, exported: Exported, instant: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(OptionError, match=f"{words}. To use it as it is leave that out; .* --overwrite"):
+        to_trt(GOLDEN / "sr3_a" / "I10_E1_gen.pth", output=exported("sr3_a"), size="32", **options)
+    assert not instant
+
+
+def test_a_bundle_that_does_not_say_its_options_is_not_taken_for_one_of_them(bundle: Path, instant: list[dict[str, Any]]) -> None:
+    ckpt, config, manifest = GOLDEN / "sr3_a" / "I10_E1_gen.pth", GOLDEN / "sr3_a" / "config.json", Bundle.open(bundle).manifest
+    write_manifest(bundle, replace(manifest, source={"checkpoint_sha256": manifest.source["checkpoint_sha256"]}))
+    with pytest.raises(OptionError, match=r"--config is of SHA-256 \w{12}…, the bundle's is not known"):
+        to_trt(ckpt, output=bundle, size="32", config=config)
+    to_trt(ckpt, output=bundle, size="32", scale=4)  # which every bundle says
+
+
+def test_overwrite_exports_a_checkpoint_anew(bundle: Path, instant: list[dict[str, Any]]) -> None:
+    to_trt(bundle, size="64")
+    to_trt(GOLDEN / "sr3_a" / "I10_E1_gen.pth", output=bundle, size="32", norm_groups=4, scale=2, overwrite=True)
+    made = Bundle.open(bundle).manifest
+    assert (made.scale, made.source["norm_groups"]) == (2, 4)
+    assert set(made.engines) == {"fp16-1x32x32.tensorrt_rtx.plan"}
+
+
 def test_what_is_there_is_not_built_again_and_what_is_stale_goes(bundle: Path, instant: list[dict[str, Any]]) -> None:
     to_trt(bundle, batch="1,2", size="32", precision="fp32")
     to_trt(bundle, batch="2,4", size="32", precision="fp32")
@@ -292,6 +324,7 @@ def test_a_graph_that_takes_weights_from_elsewhere_is_refused(precision: Any, bu
             {"output": Path("other"), "scale": 2},
             "is a bundle, which engines are built into: --output, --scale can only be told for a checkpoint",
         ),
+        ({"overwrite": True}, "is a bundle, which engines are built into: --overwrite can only be told for a checkpoint"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(options: dict[str, Any], words: str, bundle: Path) -> None:
