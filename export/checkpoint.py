@@ -226,7 +226,7 @@ def settle_image_size(flag: int | None, said: TrainingConfig | None) -> tuple[in
         if flag < 1:
             raise CheckpointError(f"--image-size must be at least 1, found {flag}")
         return flag, [f"image_size {flag}: as asked, although the config says {told}"] if told not in (None, flag) else []
-    return told, [] if told is not None else ["image_size: not known; nothing but the choice of test sizes depends on it"]
+    return told, [] if told is not None else ["image_size: not known; to_trt.py builds engines at 128×128 unless told the --size"]
 
 
 def read_own(weights: Weights, path: Path, *, scale: int | None, image_size: int | None, sha256: str) -> Checkpoint:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -36,6 +37,7 @@ from sr3rt.export.training_config import read_config
 from sr3rt.golden import answer
 
 LIMITS = parity.Limits(net=5e-3, picture=5e-2)
+SIDE = 128  # of engines of a network that was trained at nobody knows what
 Shape = tuple[int, int, int]  # pictures, height, width
 
 
@@ -45,7 +47,7 @@ def to_trt(
     *,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     batch: str = "1",
-    size: str = "128",
+    size: str | None = None,
     precision: Literal["fp16", "fp32"] = "fp16",
     opt_level: int | None = None,
     timing_cache: Path | None = None,
@@ -67,7 +69,8 @@ def to_trt(
     batch
         Batch sizes, as 1,4,8: an engine for each.
     size
-        Sides of the result in pixels, as 128,256 or 128x192 (height x width): an engine for each.
+        Sides of the result in pixels, as 128,256 or 128x192 (height x width): an engine for each. The side of the pictures that the network
+        was trained on when not given; 128, with a warning, where the bundle does not say.
     precision
         fp16, or fp32 (without TF32).
     opt_level
@@ -85,7 +88,7 @@ def to_trt(
     overwrite
         For a checkpoint: export it anew where its bundle is there already.
     """
-    batches, sizes = _numbers(batch), _sizes(size)
+    batches, sizes = _numbers(batch), None if size is None else _sizes(size)
     if opt_level not in (None, *range(6)):
         raise OptionError(f"--opt-level must be from 0 to 5, found {opt_level}")
     told: dict[str, Any] = {"config": config, "norm_groups": norm_groups, "image_size": image_size, "scale": scale}
@@ -105,8 +108,7 @@ def to_trt(
 
                 export(source, output=target, overwrite=overwrite, **told)
         bundle = Bundle.open(target)
-        shapes = [(count, *sides) for count, sides in product(batches, sizes)]
-        _check(shapes, bundle.manifest)
+        shapes = _shapes(batches, sizes, bundle.manifest)
         missing = _why_not()
         with writing(target, overwrite=True) as folder:
             for name in bundle.manifest.files:
@@ -255,10 +257,22 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     return list(dict.fromkeys((part[0], part[-1]) for part in found))
 
 
-def _check(shapes: Sequence[Shape], manifest: Manifest) -> None:
-    for _, height, width in shapes:
+def _shapes(batches: Sequence[int], sizes: Sequence[tuple[int, int]] | None, manifest: Manifest) -> list[Shape]:
+    """Of the engines to build; sizes None: the one that the network was trained at. Raises OptionError for what it cannot compute."""
+    sizes = sizes or [(_trained_side(manifest),) * 2]
+    for height, width in sizes:
         if height % manifest.stride or width % manifest.stride:
             raise OptionError(f"--size has {height}×{width}, expected multiples of {manifest.stride}, which this network needs")
+    return [(count, *sides) for count, sides in product(batches, sizes)]
+
+
+def _trained_side(manifest: Manifest) -> int:
+    """Of the pictures in training, pixels. A warning where the bundle does not say."""
+    side = manifest.source.get("image_size")
+    if type(side) is int and side > 0:
+        return side
+    warnings.warn(f"the bundle does not say what size the network was trained at: {SIDE}×{SIDE} is taken; give --size", stacklevel=3)
+    return SIDE
 
 
 def _short(value: object) -> str:

@@ -66,7 +66,8 @@ class Manifest:
 
     `bytes_per_pixel`: memory the network was seen to use for each output pixel. `attention_stride`: how much coarser than the output
     its finest self-attention works, 0 for none. `parity`, `source` and `files` are maps that the exporter
-    fills and readers may show; `engines` has a key (sr3rt/engines.py) for each file that is an engine.
+    fills and readers may show; `source` has, where they are known, `norm_groups` and `image_size`, the side of the pictures in training.
+    `engines` has a key (sr3rt/engines.py) for each file that is an engine.
     """
 
     name: str

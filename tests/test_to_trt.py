@@ -151,6 +151,21 @@ def test_what_is_there_is_not_built_again_and_what_is_stale_goes(bundle: Path, i
     Bundle.open(bundle).verify()
 
 
+def test_engines_are_of_the_size_of_training_when_no_size_is_given(bundle: Path, instant: list[dict[str, Any]]) -> None:
+    to_trt(bundle, precision="fp32")
+    manifest = Bundle.open(bundle).manifest
+    assert [(call["height"], call["width"]) for call in instant] == [(32, 32)] == [(manifest.source["image_size"],) * 2]
+
+
+@pytest.mark.parametrize("size", [None, 0, -32, 32.0, True, "32"])
+def test_where_the_size_of_training_is_not_known_128_is_taken_and_said(size: object, bundle: Path, instant: list[dict[str, Any]]) -> None:
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, replace(manifest, source={**manifest.source, "image_size": size}))
+    with pytest.warns(UserWarning, match=r"does not say what size the network was trained at: 128×128 is taken; give --size"):
+        to_trt(bundle, precision="fp32")
+    assert [(call["height"], call["width"]) for call in instant] == [(128, 128)]
+
+
 def test_the_builder_is_told_what_was_asked(bundle: Path, instant: list[dict[str, Any]], tmp_path: Path) -> None:
     to_trt(bundle, size="32x64", precision="fp32", opt_level=2, timing_cache=tmp_path / "cache")
     expected = {"batch": 1, "height": 32, "width": 64, "tf32": False, "opt_level": 2, "timing_cache": tmp_path / "cache"}

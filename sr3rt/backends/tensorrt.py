@@ -129,9 +129,7 @@ def _fitting(bundle: Bundle, request: Request, gpu: Gpu) -> list[EngineKey]:
 
 def _absent(bundle: Bundle, request: Request) -> str:
     which, option = ("", "") if request.precision == "auto" else (f" in {request.precision}", f" --precision {request.precision}")
-    return (
-        f"{bundle.path} has no TensorRT engine{which}: build one with  python export/to_trt.py {bundle.path} --batch 1 --size 128{option}"
-    )
+    return f"{bundle.path} has no TensorRT engine{which}: build one with  python export/to_trt.py {bundle.path}{option}"
 
 
 def _deserialised(bundle: Bundle, key: EngineKey, gpu: Gpu) -> Any:
