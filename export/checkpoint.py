@@ -18,7 +18,7 @@ from sr3rt.export.nets.compact import CompactConfig, CompactUNet
 from sr3rt.export.nets.janspiry import JanspiryUNet
 from sr3rt.export.nets.paper import PaperConfig, PaperUNet
 from sr3rt.export.norm_groups import settle
-from sr3rt.export.recognise import check_finite, check_keys, conflicts, locate, options_of, schedule_of
+from sr3rt.export.recognise import check_finite, check_keys, conflicts, locate, options_of, rounding, schedule_of, with_constants
 from sr3rt.export.training_config import DEFAULT_NORM_GROUPS, TrainingConfig, read_config
 from sr3rt.export.weights import Weights, load, metadata_json
 from sr3rt.schedule import NAMED, ScheduleSpec
@@ -119,14 +119,16 @@ def read_public(
     check_finite(found.tensors, name)
     if said is not None and (disagreements := conflicts(said, net.config)):
         raise CheckpointError(f"the config does not belong to {name}: {'; '.join(disagreements)}")
-    assumptions = [*found.choices, "eps prediction, posterior variance, one attention head: the implementation has no others"]
+    tensors, remark_on_constants = with_constants(net, found.tensors, name)
+    assumptions = [*found.choices, *rounding(found.tensors), *remark_on_constants]
+    assumptions.append("eps prediction, posterior variance, one attention head: the implementation has no others")
     gammas, trained, remark = trained_schedule(found.betas, said, name)
     assumptions += remark
     chosen_scale, remark = settle_scale(scale, said, name)
     assumptions += remark
     chosen_size, remark = settle_image_size(image_size, said)
     assumptions += remark
-    place(net, found.tensors)
+    place(net, tensors)
     config_groups = None if said is None else said.norm_groups or DEFAULT_NORM_GROUPS
     if said is not None and said.norm_groups is None and norm_groups is None:
         assumptions.append(f"the config names no norm_groups: {DEFAULT_NORM_GROUPS}, the implementation's default")
@@ -257,7 +259,9 @@ def read_own(weights: Weights, path: Path, *, scale: int | None, image_size: int
         )
     place(net, tensors)
     compact = architecture == "compact"
-    assumptions = [] if scale or told else [f"scale {COMPACT_SCALE}: what the training script trains; the file does not say"]
+    assumptions = rounding(tensors)
+    if not (scale or told):
+        assumptions.append(f"scale {COMPACT_SCALE}: what the training script trains; the file does not say")
     return Checkpoint(
         net=net,
         architecture="compact" if compact else "paper",

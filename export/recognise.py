@@ -166,6 +166,29 @@ def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
             )
 
 
+def with_constants(net: nn.Module, tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors, with those that no training changes (ddpm's frequencies) made anew where the file has them rounded; and what was done.
+
+    A phase is a timestep of up to 2000 times a frequency: float16's would be off by up to a radian. Raises CheckpointError where the
+    file's are others.
+    """
+    exact = {key: value for key, value in net.named_buffers() if key in tensors}
+    errors = {key: float((tensors[key].double() / value.double() - 1).abs().max()) for key, value in exact.items()}
+    for key, error in errors.items():
+        if not error < 2**-8:  # what bfloat16 rounds by
+            raise CheckpointError(
+                f"{name}: {key}, a constant, differs by up to {100 * error:.2g} % from that of the implementation: this is another network"
+            )
+    rounded = {key: exact[key] for key, error in errors.items() if error > 1e-6}
+    return {**tensors, **rounded}, [f"{key}: rounded in the file, made again by its formula" for key in rounded]
+
+
+def rounding(tensors: Mapping[str, Tensor]) -> list[str]:
+    """In words, that the weights are of less than float32, if they are."""
+    kinds = {str(value.dtype).removeprefix("torch.") for value in tensors.values() if value.dtype.itemsize < torch.float32.itemsize}
+    return [f"weights: {' and '.join(sorted(kinds))} in the file, and so no finer in the bundle"] if kinds else []
+
+
 def conflicts(config: TrainingConfig, found: JanspiryConfig) -> list[str]:
     """Where the config and the tensors disagree, with both values, in the config's own names."""
     pairs = {

@@ -149,6 +149,41 @@ def test_betas_of_half_precision_belong_to_their_config(tmp_path, kind):
         read(tmp_path / "half.pth", config=tmp_path / "other.json")
 
 
+@pytest.fixture
+def ddpm_state() -> OrderedDict[str, torch.Tensor]:
+    """The golden checkpoint of the variant that holds its encoding's frequencies, a constant."""
+    return torch.load(GOLDEN / "ddpm_e" / "I10_E1_gen.pth", weights_only=True)
+
+
+FREQUENCIES = "denoise_fn.time_mlp.0.inv_freq"
+
+
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_weights_and_not_the_frequencies_of_the_timestep(file, ddpm_state, kind, widened):
+    rounded = OrderedDict((key, value if key == "betas" else value.to(kind)) for key, value in ddpm_state.items())
+    found = read(file({key: value.float() for key, value in rounded.items()} if widened else rounded), norm_groups=8, scale=4)
+    assert torch.allclose(found.net.time_mlp[0].inv_freq, ddpm_state[FREQUENCIES], rtol=1e-6, atol=0)
+    assert "time_mlp.0.inv_freq: rounded in the file, made again by its formula" in found.assumptions
+    said = [remark for remark in found.assumptions if remark.startswith("weights: ")]
+    assert said == ([] if widened else [f"weights: {str(kind)[6:]} in the file, and so no finer in the bundle"])
+    with np.load(GOLDEN / "ddpm_e" / "golden.npz") as arrays:
+        x, y, level, expected = (torch.from_numpy(arrays[key]) for key in ("x", "eps_y", "eps_level", "eps_out"))
+    errors = [float((found.net(x, y[t], level[t][None].float()) - expected[t]).abs().max() / expected[t].abs().max()) for t in (0, 5)]
+    assert errors[1] < 1.5 * errors[0]  # at timestep 1999 no more than at 0
+
+
+def test_whole_frequencies_stay_the_files_and_nothing_is_said(file, ddpm_state):
+    found = read(file(ddpm_state), norm_groups=8, scale=4)
+    assert torch.equal(found.net.time_mlp[0].inv_freq, ddpm_state[FREQUENCIES])
+    assert not any("inv_freq" in remark or remark.startswith("weights") for remark in found.assumptions)
+
+
+def test_other_frequencies_are_another_network(file, refused, ddpm_state):
+    ddpm_state[FREQUENCIES] = ddpm_state[FREQUENCIES] ** 1.01
+    assert "time_mlp.0.inv_freq, a constant, differs by up to 7.7 % from" in refused(file(ddpm_state), norm_groups=8, scale=4)
+
+
 def test_safetensors_and_torch_files_give_the_same_network(file, tmp_path):
     state = tiny_state()
     safetensors.torch.save_file(dict(state), tmp_path / "net.safetensors")

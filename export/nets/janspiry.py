@@ -58,13 +58,14 @@ class LevelEncoding(nn.Module):
 
 
 class TimestepEncoding(nn.Module):
-    """Timestep (B, 1), as a float -> (B, dim): sines, then cosines. The frequencies are a buffer that checkpoints hold."""
+    """Timestep (B, 1), as a float -> (B, dim): sines, then cosines. The frequencies are constants, though checkpoints hold them."""
 
     inv_freq: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * (-math.log(1e4) / dim)))
+        steps = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")  # real even where the net is built on "meta"
+        self.register_buffer("inv_freq", torch.exp(steps * (-math.log(1e4) / dim)))
 
     def forward(self, level: Tensor) -> Tensor:
         phase = level * self.inv_freq
