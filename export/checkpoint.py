@@ -18,7 +18,17 @@ from sr3rt.export.nets.compact import CompactConfig, CompactUNet
 from sr3rt.export.nets.janspiry import JanspiryUNet
 from sr3rt.export.nets.paper import PaperConfig, PaperUNet
 from sr3rt.export.norm_groups import settle
-from sr3rt.export.recognise import check_finite, check_keys, conflicts, locate, options_of, rounding, schedule_of, with_constants
+from sr3rt.export.recognise import (
+    check_finite,
+    check_keys,
+    conflicts,
+    locate,
+    options_of,
+    prefer_average,
+    rounding,
+    schedule_of,
+    with_constants,
+)
 from sr3rt.export.training_config import DEFAULT_NORM_GROUPS, TrainingConfig, read_config
 from sr3rt.export.weights import Weights, load, metadata_json
 from sr3rt.schedule import NAMED, ScheduleSpec
@@ -116,6 +126,7 @@ def read_public(
     with torch.device("meta"):
         net = JanspiryUNet(options_of(found.tensors, name, norm_groups=1))
     check_keys(net, found.tensors, name)
+    found = prefer_average(found, net, name)
     check_finite(found.tensors, name)
     if said is not None and (disagreements := conflicts(said, net.config)):
         raise CheckpointError(f"the config does not belong to {name}: {'; '.join(disagreements)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sr3rt.errors import CheckpointError
+from sr3rt.export.averages import averaged, beside, matched
 from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet
 from sr3rt.export.training_config import TrainingConfig
 from sr3rt.schedule import NAMED, ScheduleSpec
@@ -37,9 +38,14 @@ SHOWN = 10
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The network's own tensors, by the names it gives them; the β of training, if there; what was chosen, in words."""
+    """The network's own tensors, by the names it gives them; the β of training, if there; what was chosen, in words.
 
+    prefix: what their names begin with in the file. averages: see `averages.beside`; none where the tensors are an average themselves.
+    """
+
+    prefix: str
     tensors: dict[str, Tensor]
+    averages: Mapping[str, Mapping[str, Tensor]]
     betas: Tensor | None
     choices: tuple[str, ...]
 
@@ -47,7 +53,7 @@ class Found:
 def locate(tensors: Mapping[str, Tensor], name: str) -> Found:
     """Finds the network under whatever wraps it: `module.`, `model.`, `state_dict.`, `denoise_fn.`, a moving average.
 
-    Weights averaged over training ("ema" in the wrapper's name) are taken before the last ones. `name`: the file's, for errors.
+    A network of weights averaged over training is taken before that of the last ones. `name`: the file's, for errors.
     Raises CheckpointError when there is no such network, or more than one of a kind.
     """
     prefixes = [key.removesuffix(FIRST) for key in tensors if key == FIRST or key.endswith("." + FIRST)]
@@ -59,8 +65,8 @@ def locate(tensors: Mapping[str, Tensor], name: str) -> Found:
             f"the public implementation has {listed(expected)}; a safetensors file of this program's own networks names its "
             "architecture in its metadata"
         )
-    averaged = [prefix for prefix in prefixes if "ema" in prefix.lower().replace(".", "_").split("_")]
-    wanted = averaged or prefixes
+    of_averages = averaged(prefixes)
+    wanted = of_averages or prefixes
     if len(wanted) > 1:
         raise CheckpointError(
             f"{name} holds several networks, under {quoted(wanted)}: save the tensors of one of them to a file of its own"
@@ -72,11 +78,40 @@ def locate(tensors: Mapping[str, Tensor], name: str) -> Found:
         choices.append(f"weights: the moving average under {prefix!r}, not those under {quoted(others)}")
     elif prefix not in ("", "denoise_fn."):
         choices.append(f"weights: found under {prefix!r}")
-    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return Found({key: value for key, value in own.items() if key not in BUFFERS}, betas_near(tensors, prefix), tuple(choices))
+    averages = beside(tensors, FIRST)
+    folders = {head[: head.rfind(".") + 1] for head in averages}
+    elsewhere = tuple(folder for folder in folders if not prefix.startswith(folder))
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix) and not key.startswith(elsewhere)}
+    return Found(
+        prefix=prefix,
+        tensors={key: value for key, value in own.items() if key not in BUFFERS},
+        averages={} if of_averages else averages,
+        betas=betas_near(tensors, prefix),
+        choices=tuple(choices),
+    )
 
 
-def quoted(names: list[str]) -> str:
+def prefer_average(found: Found, net: nn.Module, name: str) -> Found:
+    """The same with the average over training that lies beside the network, if one does. `name`: the file's, for errors.
+
+    Raises CheckpointError when its tensors cannot be told to be the network's.
+    """
+    if not found.averages:
+        return found
+    (head, average), *others = found.averages.items()
+    parameters = dict(net.named_parameters())
+    order = [key for key in found.tensors if key in parameters]
+    taken = "there are several" if others else matched(average, parameters, order)
+    if isinstance(taken, str):
+        raise CheckpointError(
+            f"{name} has a moving average under {quoted(found.averages)} that does not fit the network under {found.prefix!r}: {taken}. "
+            "Save the tensors that are wanted to a file of their own"
+        )
+    said = f"weights: the moving average under {head!r}, not those under {found.prefix!r}"
+    return replace(found, tensors={**found.tensors, **taken}, choices=(said,))
+
+
+def quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 

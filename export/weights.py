@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sr3rt.errors import CheckpointError, MissingExtra
+from sr3rt.export.averages import SHADOWS
 
 OPTIMIZER_KEYS = {"optimizer", "scheduler", "epoch", "iter"}
 EXPECTED = "expected a checkpoint that torch.save wrote (.pth, .pt, .ckpt) or a .safetensors file"
@@ -133,12 +134,14 @@ def load_pickled(path: Path) -> Weights:
 
 
 def flattened(content: Mapping[object, object], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(dotted name, tensor) of nested dictionaries, but for the optimizer's."""
+    """(dotted name, tensor) of nested dictionaries and of lists of averages, but for the optimizer's."""
     for name, value in content.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value.detach()
         elif isinstance(value, Mapping) and not str(name).startswith(("optimizer", "scheduler")):
             yield from flattened(value, f"{prefix}{name}.")
+        elif name == SHADOWS and isinstance(value, (list, tuple)):
+            yield from flattened(dict(enumerate(value)), f"{prefix}{name}.")
 
 
 def not_weights(path: Path, content: Mapping[object, object]) -> str:

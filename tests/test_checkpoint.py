@@ -15,32 +15,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from checkpoints import FLAGS, TINY, config_of, refused, tiny_state
+from conftest import GOLDEN
 from PIL import Image
 
 from sr3rt.errors import CheckpointError
 from sr3rt.export.checkpoint import read
 from sr3rt.export.nets.compact import CompactConfig, CompactUNet
-from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet
+from sr3rt.export.nets.janspiry import JanspiryConfig
 from sr3rt.export.nets.paper import PaperConfig, PaperUNet
-from sr3rt.export.training_config import read_config, without_comments
 from sr3rt.schedule import NAMED, ScheduleSpec, named
-
-GOLDEN = Path(__file__).parent / "data" / "peer_golden"
-TINY = JanspiryConfig(inner=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4)
-FLAGS = {"norm_groups": 4, "scale": 2}
-LINEAR = ScheduleSpec("linear", 50, 1e-4, 0.1)
-
-
-def tiny_state(seed: int = 0, config: JanspiryConfig = TINY) -> OrderedDict[str, torch.Tensor]:
-    """A small checkpoint as the public implementation writes it, less the buffers that follow from the betas."""
-    torch.manual_seed(seed)
-    state = OrderedDict(betas=torch.from_numpy(NAMED["linear"](50, 1e-4, 0.1)).to(torch.float32))
-    state.update({f"denoise_fn.{key}": value for key, value in JanspiryUNet(config).state_dict().items()})
-    return state
-
-
-def config_of(name: str = "sr3_a") -> dict:
-    return json.loads((GOLDEN / name / "config.json").read_text())
 
 
 @pytest.fixture
@@ -54,22 +38,11 @@ def file(tmp_path):
     return save
 
 
-@pytest.fixture
-def refused():
-    """Calls `read` and returns the message of its CheckpointError."""
-
-    def call(path: Path, **options: object) -> str:
-        with pytest.raises(CheckpointError) as error:
-            read(path, **options)
-        return str(error.value)
-
-    return call
-
-
 # What is recognised
 
 
 TRAINED = ScheduleSpec("linear", 2000, 1e-6, 1e-2)
+LINEAR = ScheduleSpec("linear", 50, 1e-4, 0.1)  # of tiny_state
 SHORT = ScheduleSpec("linear", 20, 1e-4, 0.5)
 EXPECTED = {
     "sr3_a": (JanspiryConfig("sr3", 3, 16, (1, 2, 4), 1, (1,), 8), TRAINED, SHORT),
@@ -179,7 +152,7 @@ def test_whole_frequencies_stay_the_files_and_nothing_is_said(file, ddpm_state):
     assert not any("inv_freq" in remark or remark.startswith("weights") for remark in found.assumptions)
 
 
-def test_other_frequencies_are_another_network(file, refused, ddpm_state):
+def test_other_frequencies_are_another_network(file, ddpm_state):
     ddpm_state[FREQUENCIES] = ddpm_state[FREQUENCIES] ** 1.01
     assert "time_mlp.0.inv_freq, a constant, differs by up to 7.7 % from" in refused(file(ddpm_state), norm_groups=8, scale=4)
 
@@ -213,15 +186,6 @@ def test_wrappings_are_taken_off(file, wrap):
     assert found.trained == LINEAR
 
 
-@pytest.mark.parametrize("wrapper", ["ema", "model_ema", "ema_model.module"])
-def test_the_moving_average_is_preferred_and_said(file, wrapper):
-    last, average = tiny_state(0), tiny_state(1)
-    content = {f"model.{key}": value for key, value in last.items()} | {f"{wrapper}.{key}": value for key, value in average.items()}
-    found = read(file(content), **FLAGS)
-    assert torch.equal(found.net.downs[0].weight, average["denoise_fn.downs.0.weight"])
-    assert any(wrapper in remark and "moving average" in remark for remark in found.assumptions)
-
-
 @pytest.mark.parametrize(
     ("architecture", "net"),
     [
@@ -229,7 +193,7 @@ def test_the_moving_average_is_preferred_and_said(file, wrapper):
         ("paper", PaperUNet(PaperConfig(width=8, multipliers=(1, 2), blocks=1, attention=(1,), norm_groups=4))),
     ],
 )
-def test_own_networks_carry_their_config(tmp_path, refused, architecture, net):
+def test_own_networks_carry_their_config(tmp_path, architecture, net):
     gammas = named("linear", 50, 1e-4, 0.1).gammas
     tensors = {**net.state_dict(), "gammas": torch.from_numpy(gammas)}
     metadata = {"architecture": architecture, "config": json.dumps(asdict(net.config))}
@@ -249,67 +213,6 @@ def test_own_networks_carry_their_config(tmp_path, refused, architecture, net):
     assert "has depth: expected only" in refused(tmp_path / "strange.safetensors", scale=8)
 
 
-# The config
-
-
-def test_comments_go_and_strings_stay():
-    text = '{"a": "http://x//y /* z */", // one\n "b": 1, /* two\n */ "c": "\\"//"}'
-    assert json.loads(without_comments(text)) == {"a": "http://x//y /* z */", "b": 1, "c": '"//'}
-
-
-def test_a_config_with_comments(tmp_path):
-    text = (GOLDEN / "sr3_a" / "config.json").read_text().replace('"name"', '// the name\n"name"', 1)
-    (tmp_path / "config.json").write_text(text)
-    assert read_config(tmp_path / "config.json").norm_groups == 8
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("{", "is not JSON"),
-        (
-            "[1]",
-            r"should have a string at model\.which_model_G|should have a positive whole number at model\.diffusion\.image_size",
-        ),
-        (
-            '{"model": {"diffusion": {"image_size": "big"}}}',
-            r'a positive whole number at model\.diffusion\.image_size, found "big"',
-        ),
-    ],
-)
-def test_a_config_that_is_not_one(tmp_path, refused, text, expected):
-    (tmp_path / "config.json").write_text(text)
-    assert re.search(expected, refused(GOLDEN / "sr3_a" / "I10_E1_gen.pth", config=tmp_path / "config.json"))
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda model: model.update(which_model_G="ddpm"), "which_model_G: ddpm in the config, sr3 in the tensors"),
-        (lambda model: model["unet"].update(inner_channel=32), "inner_channel: 32 in the config, 16 in the tensors"),
-        (
-            lambda model: model["unet"].update(channel_multiplier=[1, 2]),
-            "channel_multiplier: (1, 2) in the config, (1, 2, 4) in the",
-        ),
-        (lambda model: model["unet"].update(res_blocks=3), "res_blocks: 3 in the config, 1 in the tensors"),
-        (
-            lambda model: model["unet"].update(attn_res=[8]),
-            "levels with attention (attn_res): (2,) in the config, (1,) in the tensors",
-        ),
-        (
-            lambda model: model["beta_schedule"]["train"].update(n_timestep=1000),
-            "linear, 1000 steps, beta 1e-06 to 0.01 in the config, linear",
-        ),
-        (lambda model: model["unet"].update(norm_groups=5), "norm_groups 5 (the config) does not fit"),
-    ],
-)
-def test_a_config_that_does_not_belong(tmp_path, refused, change, expected):
-    config = config_of()
-    change(config["model"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert expected in refused(GOLDEN / "sr3_a" / "I10_E1_gen.pth", config=tmp_path / "config.json")
-
-
 def test_a_flag_goes_before_the_config_and_says_so():
     folder = GOLDEN / "sr3_a"
     found = read(folder / "I10_E1_gen.pth", config=folder / "config.json", scale=2, image_size=64, norm_groups=4)
@@ -318,11 +221,11 @@ def test_a_flag_goes_before_the_config_and_says_so():
     assert "image_size 64: as asked, although the config says 32" in found.assumptions
 
 
-def test_the_scale_is_asked_for(file, refused):
+def test_the_scale_is_asked_for(file):
     assert "give --scale N" in refused(file(tiny_state()), norm_groups=4)
 
 
-def test_the_schedule_is_asked_for(file, refused):
+def test_the_schedule_is_asked_for(file):
     state = tiny_state()
     del state["betas"]
     assert "give the training config with --config" in refused(file(state), **FLAGS)
@@ -332,7 +235,7 @@ def test_the_schedule_is_asked_for(file, refused):
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_the_optimizers_file(file, refused, beside):
+def test_the_optimizers_file(file, beside):
     content = {"epoch": 1, "iter": 10, "scheduler": None, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
     path = file(content, "I10_E1_opt.pth")
     if beside:
@@ -342,7 +245,7 @@ def test_the_optimizers_file(file, refused, beside):
     assert ("I10_E1_gen.pth instead" if beside else "*_gen.pth") in message
 
 
-def test_another_networks_tensors(file, refused):
+def test_another_networks_tensors(file):
     message = refused(file({f"layer{i}.weight": torch.zeros(i + 1, 2) for i in range(12)}))
     assert "is not a network known here" in message
     assert "layer9.weight (10, 2) …" in message
@@ -350,7 +253,7 @@ def test_another_networks_tensors(file, refused):
     assert "downs.0.weight (64, 6, 3, 3)" in message
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_listed(file, refused):
+def test_missing_unexpected_and_misshapen_tensors_are_listed(file):
     state = tiny_state()
     del state["denoise_fn.mid.0.attn.qkv.weight"]
     state["denoise_fn.mid.0.attn.extra"] = torch.zeros(5)
@@ -361,26 +264,26 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(file, refused):
     assert "1 of another shape: ups.0.res_block.block1.block.0.weight (7,) not (32,)" in message
 
 
-def test_a_network_without_a_condition(file, refused):
+def test_a_network_without_a_condition(file):
     state = tiny_state()
     state["denoise_fn.downs.0.weight"] = state["denoise_fn.downs.0.weight"][:, :3].clone()
     assert "takes 3 channels and returns 3" in refused(file(state), **FLAGS)
 
 
-def test_several_networks_in_one_file(file, refused):
+def test_several_networks_in_one_file(file):
     state = tiny_state()
     content = {f"{part}.{key}": value for part in ("first", "second") for key, value in state.items()}
     assert "holds several networks, under 'first.denoise_fn.', 'second.denoise_fn.'" in refused(file(content), **FLAGS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(file, refused, value):
+def test_weights_that_are_not_finite(file, value):
     state = tiny_state()
     state["denoise_fn.mid.0.attn.out.bias"][2] = value
     assert "the tensor mid.0.attn.out.bias has 1 NaN or infinite values of 16" in refused(file(state), **FLAGS)
 
 
-def test_betas_that_are_not_betas(file, refused):
+def test_betas_that_are_not_betas(file):
     state = tiny_state()
     state["betas"] = -state["betas"]
     assert "betas should be (T,), each between 0 and 1" in refused(file(state), **FLAGS)
@@ -388,7 +291,7 @@ def test_betas_that_are_not_betas(file, refused):
 
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("kept", [0.01, 0.3, 0.999])
-def test_truncated_files(file, refused, old_format, kept):
+def test_truncated_files(file, old_format, kept):
     path = file(tiny_state(), _use_new_zipfile_serialization=not old_format)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
@@ -396,7 +299,7 @@ def test_truncated_files(file, refused, old_format, kept):
 
 
 @pytest.mark.parametrize("kept", [0.01, 0.5, 0.999])
-def test_truncated_safetensors(tmp_path, refused, kept):
+def test_truncated_safetensors(tmp_path, kept):
     path = tmp_path / "net.safetensors"
     safetensors.torch.save_file(dict(tiny_state()), path)
     content = path.read_bytes()
@@ -431,7 +334,7 @@ def written(path: Path, content: bytes) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_not_a_checkpoint(tmp_path, refused, make, expected):
+def test_what_is_not_a_checkpoint(tmp_path, make, expected):
     path = tmp_path / "file.pth"
     make(path)
     assert re.search(expected, refused(path))
@@ -448,7 +351,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "plain"])
-def test_code_in_a_file_is_not_run(tmp_path, file, refused, form):
+def test_code_in_a_file_is_not_run(tmp_path, file, form):
     target = tmp_path / "was_run"
     content = {**tiny_state(), "extra": Payload(target)}
     if form == "plain":
