@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sr3rt.errors import CheckpointError
-from sr3rt.schedule import ScheduleSpec
+from sr3rt.bundle import MOST_STEPS
+from sr3rt.errors import CheckpointError, OptionError
+from sr3rt.schedule import NAMED, ScheduleSpec
 
 STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 DEFAULT_NORM_GROUPS = 32  # what the implementation takes when its config names none
@@ -46,13 +47,13 @@ def without_comments(text: str) -> str:
 
 
 def read_config(path: Path) -> TrainingConfig:
-    """Raises CheckpointError when the file cannot be read, is not JSON, lacks an entry or has one of the wrong type."""
+    """Raises CheckpointError when the file cannot be read, is not JSON, or lacks an entry or has one that cannot be used."""
     try:
         data = path.read_bytes()
-        content = json.loads(without_comments(data.decode("utf-8")))
+        content = json.loads(without_comments(data.decode("utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"the config {path} cannot be read: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the config {path} is not JSON (// comments are fine): {error}") from None
     entries = Entries(content, path)
     image_size = entries.integer("model.diffusion.image_size")
@@ -117,12 +118,22 @@ class Entries:
             raise self.wrong(name, "a list of whole numbers")
         return tuple(value)
 
-    def number(self, name: str) -> float:
+    def share(self, name: str) -> float:
         value = self.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise self.wrong(name, "a number")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise self.wrong(name, "a number from 0 to 1")
         return float(value)
 
     def schedule(self, name: str) -> ScheduleSpec:
-        start, end = self.number(f"{name}.linear_start"), self.number(f"{name}.linear_end")
-        return ScheduleSpec(self.text(f"{name}.schedule"), self.integer(f"{name}.n_timestep"), start, end)
+        """One that can be made."""
+        kind, steps = self.text(f"{name}.schedule"), self.integer(f"{name}.n_timestep")
+        if kind not in NAMED:
+            raise self.wrong(f"{name}.schedule", f"one of {', '.join(NAMED)}")
+        if steps > MOST_STEPS:
+            raise self.wrong(f"{name}.n_timestep", f"at most {MOST_STEPS:,} steps")
+        spec = ScheduleSpec(kind, steps, self.share(f"{name}.linear_start"), self.share(f"{name}.linear_end"))
+        try:
+            spec.schedule()
+        except OptionError as error:
+            raise CheckpointError(f"the config {self.path} has a schedule that cannot be used at {name}: {error}") from None
+        return spec

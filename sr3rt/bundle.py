@@ -42,12 +42,12 @@ FORMAT = 1
 MANIFEST, WEIGHTS, PROGRAM, NETWORK, HALF = "sr3.json", "weights.safetensors", "network.json", "network.onnx", "network.fp16.onnx"
 WEIGHTS_BEFORE = "network.onnx.data"  # of bundles without WEIGHTS
 GOLDEN = "golden.json"
+MOST_STEPS = 1_000_000  # of a schedule that a file tells of: 500 times what networks are trained with
 Consistency = Literal["off", "final", "every"]
 _ZEROS = "0" * 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PLATFORM = re.compile(r"\..*|lost\+found")  # what systems put into folders; it is never read
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_MOST_STEPS = 1_000_000  # of a schedule that is made from a manifest: 500 times what networks are trained with
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ def _manifest(content: dict[str, Any]) -> Manifest:
 
     def spec(value: dict[str, Any]) -> ScheduleSpec:
         made = ScheduleSpec(**{**value, "gammas": tuple(value["gammas"])})
-        if type(made.steps) is not int or not max(made.steps, len(made.gammas)) <= _MOST_STEPS:
-            raise ValueError(f"a schedule has {made.steps!r} steps, expected at most {_MOST_STEPS}")
+        if type(made.steps) is not int or not max(made.steps, len(made.gammas)) <= MOST_STEPS:
+            raise ValueError(f"a schedule has {made.steps!r} steps, expected at most {MOST_STEPS}")
         made.schedule()
         return made
 

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import config_of, refused
 from conftest import GOLDEN
 
+from sr3rt.errors import CheckpointError
 from sr3rt.export.training_config import read_config, without_comments
 
 
@@ -23,10 +24,16 @@ def test_a_config_with_comments(tmp_path):
     assert read_config(tmp_path / "config.json").norm_groups == 8
 
 
+def test_a_byte_order_mark_does_no_harm(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + (GOLDEN / "sr3_a" / "config.json").read_bytes())
+    assert read_config(tmp_path / "config.json").norm_groups == 8
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         (
             "[1]",
             r"should have a string at model\.which_model_G|should have a positive whole number at model\.diffusion\.image_size",
@@ -40,6 +47,28 @@ def test_a_config_with_comments(tmp_path):
 def test_a_config_that_is_not_one(tmp_path, text, expected):
     (tmp_path / "config.json").write_text(text)
     assert re.search(expected, refused(GOLDEN / "sr3_a" / "I10_E1_gen.pth", config=tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("section", ["train", "val"])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "sqrt"}, 'should have one of linear, quad, .* at KEY.schedule, found "sqrt"'),
+        ({"n_timestep": 10**12}, "should have at most 1,000,000 steps at KEY.n_timestep, found 1000000000000"),
+        ({"n_timestep": 20.0}, "should have a positive whole number at KEY.n_timestep, found 20.0"),
+        ({"linear_end": 2}, "should have a number from 0 to 1 at KEY.linear_end, found 2"),
+        ({"linear_start": -1e-6}, "should have a number from 0 to 1 at KEY.linear_start, found -1e-06"),
+        ({"linear_start": float("nan")}, "should have a number from 0 to 1 at KEY.linear_start, found NaN"),
+        ({"linear_start": 0}, r"has a schedule that cannot be used at KEY: .* betas outside \(0, 1\]: 0 to"),
+        ({"schedule": "jsd"}, "has a schedule that cannot be used at KEY: the schedule ends at gamma = 0"),
+    ],
+)
+def test_both_schedules_must_be_ones_that_can_be_made(tmp_path, section, changes, expected):
+    config = config_of()
+    config["model"]["beta_schedule"][section].update(changes)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"config\.json {expected.replace('KEY', rf'model.beta_schedule.{section}')}"):
+        read_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
