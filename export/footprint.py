@@ -62,7 +62,8 @@ def attention_stride(net: nn.Module) -> int:
 
 
 def _peaks_elsewhere(bundle: Path, *sizes: int) -> list[int]:
-    command = [sys.executable, "-m", "sr3rt.export.footprint", str(bundle), *map(str, sizes)]
+    # -P: not the sr3rt of the folder that one happens to be in, which may be a checkout that was not built
+    command = [sys.executable, "-P", "-m", "sr3rt.export.footprint", str(bundle), *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}: out of memory?"]

@@ -122,3 +122,17 @@ def test_a_picture_is_upscaled_without_any_extra(python: Path, tmp_path: Path) -
 
 def test_the_command_runs_without_any_extra(python: Path, tmp_path: Path) -> None:
     assert "upscale" in run(python.parent / "sr3rt", "--help", cwd=tmp_path)
+
+
+def test_an_export_measures_memory_by_the_installed_package_though_run_in_a_checkout(python: Path, tmp_path: Path) -> None:
+    checkout, script = tmp_path / "checkout", tmp_path / "scripts" / "measure.py"
+    for path in (checkout / "sr3rt" / "__init__.py", script):
+        path.parent.mkdir(parents=True)
+    (checkout / "sr3rt" / "__init__.py").write_text("raise ImportError('nothing was built here')")
+    script.write_text(
+        "from sr3rt import SR3Error; from sr3rt.bundle import Bundle; from sr3rt.upscaler import SHIPPED\n"
+        "from sr3rt.export import footprint\n"
+        "try: footprint.bytes_per_pixel(SHIPPED, Bundle.open(SHIPPED).manifest)\n"
+        "except SR3Error as error: print(error)"
+    )
+    assert 'pip install "sr3rt[cpu]"' in run(python, script, cwd=checkout)  # which is as far as it comes in the clean environment
