@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from sr3rt.export.nets.compact import CompactConfig, CompactUNet
 from sr3rt.export.nets.janspiry import JanspiryUNet
 from sr3rt.export.nets.paper import PaperConfig, PaperUNet
 from sr3rt.export.norm_groups import settle
+from sr3rt.export.progress import Progress
 from sr3rt.export.recognise import (
     check_finite,
     check_keys,
@@ -36,7 +37,6 @@ from sr3rt.schedule import NAMED, ScheduleSpec
 Network = JanspiryUNet | PaperUNet | CompactUNet
 Architecture = Literal["sr3", "ddpm", "paper", "compact"]
 Prediction = Literal["eps", "x0", "v"]
-Progress = Callable[[str], None]
 COMPACT_SCALE = 4  # what export/train.py trains
 
 

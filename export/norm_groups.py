@@ -9,7 +9,7 @@ against 0.050 (32; 16) and, ddpm, 0.014 against 0.045 (8; 4). Untrained weights 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sr3rt.errors import CheckpointError
 from sr3rt.export.nets.janspiry import JanspiryUNet
+from sr3rt.export.progress import Progress
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 LEVELS = (0.03, 0.01, 0.003)  # γ; above 0.1 what the picture hides begins to drown the difference
@@ -66,7 +67,7 @@ def probe(
     net: JanspiryUNet,
     gammas: NDArray[np.float64],
     scale: int,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Progress | None = None,
     *,
     given: int | None = None,
 ) -> Probe:
@@ -112,7 +113,7 @@ def settle(
     flag: int | None,
     config: int | None,
     name: str,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> tuple[int, str]:
     """Gives `net` its number of groups: the flag's, else the config's. Returns it and, in words, how it was checked.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from sr3rt.backends import Network
 from sr3rt.bundle import Manifest
 from sr3rt.engine import Engine, Job
 from sr3rt.errors import ParityError
+from sr3rt.export.progress import Progress
 from sr3rt.noise import normals
 from sr3rt.samplers import Sampler, levels, table
 from sr3rt.schedule import Schedule, respace
@@ -41,7 +42,7 @@ def measure(
     shapes: Sequence[tuple[int, int, int]] | None = None,
     against: str = "eager float32 PyTorch",
     required: bool = True,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
     """Compare at five noise levels, batches of 1 and 3 (mixed levels), square and not, and over a run of 10 steps.
 

@@ -8,7 +8,6 @@ written with its manifest as one directory that is there whole or not at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +42,7 @@ from sr3rt.bundle import (
 from sr3rt.errors import MissingExtra, NonFiniteError, OptionError
 from sr3rt.export import checkpoint as checkpoints
 from sr3rt.export import footprint, parity, program
-from sr3rt.export.progress import progress_line
+from sr3rt.export.progress import Progress, progress_line
 from sr3rt.samplers import Sampler
 from sr3rt.schedule import ScheduleSpec
 
@@ -95,24 +94,29 @@ def export(
     """
     target = output or ckpt.parent / f"{ckpt.stem}.sr3"
     check_target(target.absolute(), overwrite=overwrite)
-    _check_packages()
+    check_packages()
     with progress_line() as progress:
         progress(f"reading {ckpt.name}")
         read = checkpoints.read(ckpt, config=config, norm_groups=norm_groups, image_size=image_size, scale=scale, on_progress=progress)
-        manifest = _manifest(read, name or ckpt.stem, steps, sampler, consistency)
-        with writing(target, overwrite=overwrite) as folder:
-            progress("writing the network")
-            write_network(read.net, folder)
-            write_manifest(folder, manifest)
-            figures = _parity(TorchNetwork(read.net), Bundle.open(folder), manifest, progress)
-            progress("measuring memory")
-            manifest = replace(manifest, parity=figures, attention_stride=footprint.attention_stride(read.net))
-            manifest = replace(manifest, bytes_per_pixel=footprint.bytes_per_pixel(folder, manifest))
-            write_manifest(folder, manifest)
+        manifest = manifest_of(read, name=name or ckpt.stem, steps=steps, sampler=sampler, consistency=consistency)
+        write_bundle(target, read.net, manifest, overwrite=overwrite, progress=progress)
     return target
 
 
-def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progress: Callable[[str], None]) -> dict[str, Any]:
+def write_bundle(target: Path, net: checkpoints.Network, manifest: Manifest, *, overwrite: bool, progress: Progress) -> None:
+    """The bundle of `net`, whose manifest lacks only what is measured here. Raises ParityError, and then leaves what was there."""
+    with writing(target, overwrite=overwrite) as folder:
+        progress("writing the network")
+        write_network(net, folder)
+        write_manifest(folder, manifest)
+        figures = _parity(TorchNetwork(net), Bundle.open(folder), manifest, progress)
+        progress("measuring memory")
+        manifest = replace(manifest, parity=figures, attention_stride=footprint.attention_stride(net))
+        manifest = replace(manifest, bytes_per_pixel=footprint.bytes_per_pixel(folder, manifest))
+        write_manifest(folder, manifest)
+
+
+def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progress: Progress) -> dict[str, Any]:
     """Figures of the graph and, where this processor can run it, of the program ("native …") and the program in bfloat16 ("bf16 …").
 
     Raises ParityError; not for bfloat16, which the runtime takes by itself only where its figures are within their limits.
@@ -126,7 +130,7 @@ def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progres
     return figures
 
 
-def _bf16(exact: Network, bundle: Bundle, manifest: Manifest, progress: Callable[[str], None]) -> dict[str, Any]:
+def _bf16(exact: Network, bundle: Bundle, manifest: Manifest, progress: Progress) -> dict[str, Any]:
     """Figures of bfloat16 against `exact`; none where it overflows, nor of a large network that this processor would take long for."""
     if not _native.bfloat16() and manifest.parameters >= parity.LARGE:
         return {}
@@ -139,7 +143,7 @@ def _bf16(exact: Network, bundle: Bundle, manifest: Manifest, progress: Callable
     return {f"bf16 {name}": figure for name, figure in found.items() if name != "against"} if finite else {}
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
     """Raises MissingExtra for what would only be missed minutes later."""
     for package in ("onnx", "onnxruntime"):
         if find_spec(package) is None:
@@ -160,7 +164,15 @@ def write_network(net: nn.Module, folder: Path) -> None:
     onnx.save(graph(described, folder / WEIGHTS, channels=channels), folder / NETWORK)
 
 
-def _manifest(read: checkpoints.Checkpoint, name: str, steps: int | None, sampler: str | None, consistency: Consistency) -> Manifest:
+def manifest_of(
+    read: checkpoints.Checkpoint,
+    *,
+    name: str,
+    steps: int | None = None,
+    sampler: str | None = None,
+    consistency: Consistency = "off",
+) -> Manifest:
+    """What a checkpoint tells of its bundle; the options as in `export`. Raises OptionError for steps or a sampler that cannot be."""
     inference = read.inference
     spec = None if inference in (None, read.trained) else inference
     chosen = Sampler.parse(sampler or ("sr3" if read.variance == "paper" else "posterior"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -27,7 +28,7 @@ from cyclopts import App, Parameter
 
 from sr3rt import __version__, backends
 from sr3rt.backends.tensorrt import flavour
-from sr3rt.bundle import GOLDEN, HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, write_manifest, writing
+from sr3rt.bundle import GOLDEN, HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, check_target, write_manifest, writing
 from sr3rt.engines import EngineKey
 from sr3rt.errors import BackendError, BundleCorrupt, OptionError
 from sr3rt.export import builder, parity
@@ -96,34 +97,48 @@ def to_trt(
     given = [f"--{name.replace('_', '-')}" for name, value in of_checkpoints.items() if value is not None]
     if source.is_dir() and given:
         raise OptionError(f"{source} is a bundle, which engines are built into: {', '.join(given)} can only be told for a checkpoint")
+    if timing_cache is not None:
+        _check_cache(timing_cache)
+    target = source if source.is_dir() else output or source.parent / f"{source.stem}.sr3"
+    there = Bundle.open(target).manifest if source.is_dir() or (target.exists() and not overwrite) else None
+    check_target(target.absolute(), overwrite=True)
     with progress_line() as progress:
-        if source.is_dir():
-            target = source
+        if there is not None:
+            if not source.is_dir():
+                _check_origin(target, there, source, told)
+            shapes = _shapes(batches, sizes, there)
         else:
-            target = output or source.parent / f"{source.stem}.sr3"
-            if target.exists() and not overwrite:
-                _check_origin(target, source, told)
-            else:
-                from sr3rt.export.to_onnx import export  # needs torch, which a bundle does not
+            from sr3rt.export import checkpoint, to_onnx  # need torch, which a bundle does not
 
-                export(source, output=target, overwrite=overwrite, **told)
-        bundle = Bundle.open(target)
-        shapes = _shapes(batches, sizes, bundle.manifest)
-        missing = _why_not()
-        with writing(target, overwrite=True) as folder:
-            for name in bundle.manifest.files:
-                with bundle.open_file(name) as source_file, (folder / name).open("wb") as copy:
-                    shutil.copyfileobj(source_file, copy)
-            manifest = _with_half(bundle, folder, shapes, progress) if precision == "fp16" else bundle.manifest
-            kept = _kept(manifest, folder)
-            built = _build(folder, precision, shapes, opt_level, timing_cache, kept, progress) if missing is None else {}
-            engines = kept | built
-            _write_golden(bundle, folder, engines, [name for name in engines if engines[name] == kept.get(name)], progress)
-            write_manifest(folder, replace(manifest, engines=engines))
+            to_onnx.check_packages()
+            progress(f"reading {source.name}")
+            read = checkpoint.read(source, **told, on_progress=progress)
+            manifest = to_onnx.manifest_of(read, name=source.stem)
+            shapes = _shapes(batches, sizes, manifest)
+            to_onnx.write_bundle(target, read.net, manifest, overwrite=overwrite, progress=progress)
+        missing = _add_engines(target, shapes, precision, opt_level, timing_cache, progress)
     if missing:
         made = f"{target} has the network in {precision}, and no new engine" if precision == "fp16" else f"{target} has no new engine"
         raise BackendError(f"{made}: {missing}")
     return target
+
+
+def _add_engines(
+    target: Path, shapes: Sequence[Shape], precision: str, opt_level: int | None, timing_cache: Path | None, progress: Progress
+) -> str | None:
+    """The bundle anew, with engines for `shapes` and what they need; without them, and why, where none can be built here."""
+    bundle, missing = Bundle.open(target), _why_not()
+    with writing(target, overwrite=True) as folder:
+        for name in bundle.manifest.files:
+            with bundle.open_file(name) as source, (folder / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        manifest = _with_half(bundle, folder, shapes, progress) if precision == "fp16" else bundle.manifest
+        kept = _kept(manifest, folder)
+        built = _build(folder, precision, shapes, opt_level, timing_cache, kept, progress) if missing is None else {}
+        engines = kept | built
+        _write_golden(bundle, folder, engines, [name for name in engines if engines[name] == kept.get(name)], progress)
+        write_manifest(folder, replace(manifest, engines=engines))
+    return missing
 
 
 def _why_not() -> str | None:
@@ -135,9 +150,8 @@ def _why_not() -> str | None:
     return None
 
 
-def _check_origin(target: Path, source: Path, told: Mapping[str, Any]) -> None:
+def _check_origin(target: Path, manifest: Manifest, source: Path, told: Mapping[str, Any]) -> None:
     """Raises OptionError when the bundle is of another checkpoint than `source`, or not known to be of the options that were `told`."""
-    manifest = Bundle.open(target).manifest
     if manifest.source.get("checkpoint_sha256") != _digest(source):
         raise OptionError(
             f"{target} is the bundle of another checkpoint than {source}: choose another name with --output, or give --overwrite"
@@ -273,6 +287,19 @@ def _trained_side(manifest: Manifest) -> int:
         return side
     warnings.warn(f"the bundle does not say what size the network was trained at: {SIDE}×{SIDE} is taken; give --size", stacklevel=3)
     return SIDE
+
+
+def _check_cache(path: Path) -> None:
+    """Raises OptionError when a timing cache could not be written there, which would only be found once an engine is built."""
+    if path.is_dir():
+        found = "is a folder"
+    elif not path.parent.is_dir():
+        found = f"is in {path.parent}, which is no folder"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        found = "may not be written to"
+    else:
+        return
+    raise OptionError(f"--timing-cache {path} {found}: expected a file, to be made or replaced, in a folder that is there")
 
 
 def _short(value: object) -> str:

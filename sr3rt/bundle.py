@@ -209,6 +209,10 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OptionError(f"{target} is not a bundle (it has no sr3.json) and will not be replaced: choose another name")
     if target.exists() and not overwrite:
         raise OptionError(f"{target} exists: choose another name, or overwrite it with --overwrite")
+    folder = next(one for one in target.absolute().parents if os.access(one, os.F_OK))
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        found = "may not be written to" if folder.is_dir() else "is no folder"
+        raise OptionError(f"{target} cannot be made, {folder} {found}: give -o a name elsewhere, or copy the bundle elsewhere first")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -55,6 +55,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return bundle
 
 
+@pytest.fixture
+def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may not be written to. To root everything may: it is told what others would be."""
+    folder, asked = tmp_path / "read-only", os.access
+    folder.mkdir(mode=0o555)
+    if asked(folder, os.W_OK):
+        monkeypatch.setattr(os, "access", lambda path, mode: asked(path, mode) and not (mode & os.W_OK and Path(path) == folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def step_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """step.cu compiled for the host."""

@@ -307,6 +307,14 @@ def test_a_failed_replacement_leaves_the_old_bundle(bundle: Path, monkeypatch: p
     assert only_child(bundle.parent) == "tiny"
 
 
+def test_a_place_that_cannot_be_written_to_is_told_with_what_to_do(tmp_path: Path, read_only: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for folder, found in ((read_only, "may not be written to"), (tmp_path / "file", "is no folder")):
+        for target in (folder / "b", folder / "new" / "b"):
+            with pytest.raises(OptionError, match=rf"/b cannot be made, {folder} {found}: give -o a name elsewhere"), writing(target):
+                pass
+
+
 def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").touch()

@@ -249,6 +249,11 @@ def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
         to_onnx.export(tmp_path / "no such checkpoint", output=tmp_path / "b")
 
 
+def test_a_checkpoint_in_a_read_only_folder_is_refused_before_any_work(read_only: Path) -> None:
+    with pytest.raises(OptionError, match=r"read-only/none\.sr3 cannot be made, .* give -o a name elsewhere"):
+        to_onnx.export(read_only / "none.pth")
+
+
 def test_a_missing_package_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(to_onnx, "find_spec", lambda name: None if name == "onnx" else name)
     with pytest.raises(MissingExtra, match=r"'onnx'.*pip install \"sr3rt\[cpu,export\]\""):

@@ -347,6 +347,34 @@ def test_shapes_that_cannot_be_are_refused(options: dict[str, Any], words: str, 
         to_trt(bundle, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": "30"}, "--size has 30×30, expected multiples of 4"),
+        ({"timing_cache": Path("nowhere/cache")}, "--timing-cache nowhere/cache is in nowhere, which is no folder: expected a file"),
+        ({"timing_cache": Path()}, r"--timing-cache \. is a folder"),
+        ({"output": GOLDEN / "sr3_a" / "config.json" / "b"}, "b cannot be made, .*config.json is no folder: give -o a name elsewhere"),
+    ],
+)
+def test_what_cannot_be_is_found_before_a_checkpoint_is_exported(
+    options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=words):
+        to_trt(GOLDEN / "sr3_a" / "I10_E1_gen.pth", norm_groups=8, scale=4, **{"output": Path("b"), **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_built(
+    exported: Exported, read_only: Path, tmp_path: Path, instant: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(OptionError, match=r"--timing-cache .*read-only/cache may not be written to"):
+        to_trt(exported("sr3_a"), timing_cache=read_only / "cache")
+    with pytest.raises(OptionError, match=r"read-only/none\.sr3 cannot be made, .* give -o a name elsewhere"):
+        to_trt(read_only / "none.pth")
+    assert not instant
+
+
 def test_the_script_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["to_trt.py", "--help"])
     with pytest.raises(SystemExit) as ended:
