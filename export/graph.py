@@ -15,14 +15,13 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
+from sr3rt.program import GAIN, LIFT
 from sr3rt.safetensors import Weights
 
 OPSET = 21
 IR = 10  # the version of ONNX's file format that came with it
 INSIDE = 1024  # bytes; smaller tensors are copied into the graph
 
-LIFT = (-1.586134342, -0.052980118, 0.882911075, 0.443506852)  # CDF 9/7, docs/program.md
-BAND = 1.149604398
 LEAST = 1e-7  # of 1 - gamma
 END = np.iinfo(np.int64).max
 HEIGHT, WIDTH = 2, 3
@@ -271,11 +270,11 @@ class _Writer:
         for i in (0, 2):
             odd = self._lifted("Add", odd, even, self._next(even, axis), LIFT[i])
             even = self._lifted("Add", even, odd, self._before(odd, axis), LIFT[i + 1])
-        return self.scaled(even, BAND), self.node("Div", odd, self.constant(BAND))
+        return self.scaled(even, GAIN), self.node("Div", odd, self.constant(GAIN))
 
     def _merged(self, low: str, high: str, axis: int) -> str:
         """The inverse of `_split`; along the height, to the size of x."""
-        even, odd = self.node("Div", low, self.constant(BAND)), self.scaled(high, BAND)
+        even, odd = self.node("Div", low, self.constant(GAIN)), self.scaled(high, GAIN)
         for i in (2, 0):
             even = self._lifted("Sub", even, odd, self._before(odd, axis), LIFT[i + 1])
             odd = self._lifted("Sub", odd, even, self._next(even, axis), LIFT[i])

@@ -15,6 +15,8 @@ from sr3rt.errors import BundleCorrupt
 from sr3rt.safetensors import Weights
 
 FORMAT = 1
+LIFT = (-1.586134342, -0.052980118, 0.882911075, 0.443506852)  # of the CDF 9/7 wavelet: predict, update, predict, update
+GAIN = 1.149604398  # of its coarse band, which makes the transform nearly orthonormal
 Program = Mapping[str, Any]
 Tensors = Mapping[str, NDArray[np.float32]]
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sr3rt.program import GAIN, LIFT
+
 COARSE, DETAIL = 0.18, 0.08  # deviations of the bands of y0 - x on photographs at 4×, pictures in [-1, 1]
-LIFT = (-1.586134342, -0.052980118, 0.882911075, 0.443506852)  # CDF 9/7: predict, update, predict, update
-GAIN = 1.149604398  # makes the transform nearly orthonormal
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sr3rt.program import Program, Tensors, check
-
-LIFT = (-1.586134342, -0.052980118, 0.882911075, 0.443506852)  # CDF 9/7
-GAIN = 1.149604398
+from sr3rt.program import GAIN, LIFT, Program, Tensors, check
 
 Registers = dict[str, Tensor]
 Operation = Callable[[Registers, "_Level"], Tensor]
