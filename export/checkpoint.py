@@ -90,6 +90,9 @@ def read(
     that package. Warns (NormGroupsWarning) when the norm_groups asked for is clearly wrong.
     """
     path = Path(path)
+    for option, value in (("--norm-groups", norm_groups), ("--scale", scale), ("--image-size", image_size)):
+        if value is not None and value < 1:
+            raise CheckpointError(f"{option} must be at least 1, found {value}")
     weights = load(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -221,8 +224,6 @@ def settle_scale(flag: int | None, said: TrainingConfig | None, name: str) -> tu
     low, high = (None, None) if said is None else (said.low_size, said.high_size)
     told = high // low if low and high and high % low == 0 else None
     if flag is not None:
-        if flag < 1:
-            raise CheckpointError(f"--scale must be at least 1, found {flag}")
         return flag, [f"scale {flag}: as asked, although the config says {told}"] if told not in (None, flag) else []
     if told is None:
         found = f"the config has l_resolution {low} and r_resolution {high}" if said else "no tensor tells it"
@@ -234,8 +235,6 @@ def settle_image_size(flag: int | None, said: TrainingConfig | None) -> tuple[in
     """The pictures' size in training, from the flag, else from the config."""
     told = None if said is None else said.image_size
     if flag is not None:
-        if flag < 1:
-            raise CheckpointError(f"--image-size must be at least 1, found {flag}")
         return flag, [f"image_size {flag}: as asked, although the config says {told}"] if told not in (None, flag) else []
     return told, [] if told is not None else ["image_size: not known; to_trt.py builds engines at 128×128 unless told the --size"]
 

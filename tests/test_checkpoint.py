@@ -207,6 +207,8 @@ def test_own_networks_carry_their_config(tmp_path, architecture, net):
     x, y, level = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8), torch.tensor([[0.3]])
     with torch.inference_mode():
         assert torch.allclose(found.net(x, y, level), net.eval()(x, y, level), atol=1e-5)
+    assert refused(tmp_path / "net.safetensors", scale=0) == "--scale must be at least 1, found 0"
+    assert refused(tmp_path / "net.safetensors", scale=8, image_size=-1) == "--image-size must be at least 1, found -1"
     assert "carries its own config" in refused(tmp_path / "net.safetensors", norm_groups=4)
     metadata["config"] = json.dumps({**asdict(net.config), "depth": 3})
     safetensors.torch.save_file(tensors, tmp_path / "strange.safetensors", metadata=metadata)
