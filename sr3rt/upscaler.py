@@ -343,10 +343,11 @@ def load(
 ) -> Upscaler:
     """Open a bundle (None: the one that ships) on a backend.
 
-    backend: "auto", "tensorrt" (a GPU, and a bundle with engines), "native" (sr3rt's own engine; needs AVX2), "onnxruntime" (on a
-    GPU: onnxruntime-gpu, without engines), or "torch" (a GPU, without engines); "auto" takes these two there only for device="cuda". precision: "auto", "fp32", "fp16" (of a GPU;
-    onnxruntime's is slow) or "bf16" (torch's, and native's on processors with AVX512-BF16, where "auto" takes it if the bundle's own
-    figures for it are within their limits). device: "auto", "cpu", "cuda" or "cuda:1", the second GPU.
+    backend: "auto", "tensorrt" (a GPU, and a bundle with engines), "native" (sr3rt's own engine; needs AVX2), "onnxruntime" (on a GPU:
+    onnxruntime-gpu, without engines), or "torch" (a GPU, without engines); "auto" takes these two there only for device="cuda".
+    precision: "auto", "fp32", "fp16" (of a GPU; slow on a CPU, by onnxruntime) or "bf16" (torch's, and native's on processors with
+    AVX512-BF16, where "auto" takes it if the bundle's own figures for it are within their limits). device: "auto", "cpu", "cuda" or
+    "cuda:1", the second GPU.
     threads: 0, one for each core that this process may use. batch: most pictures in one network call. limits: of the pictures taken
     (`sr3rt.images.Limits`). rerun: where a step overflows in less than fp32, do it all again in fp32, with a RuntimeWarning; else, and in
     fp32, that is a NonFiniteError.
