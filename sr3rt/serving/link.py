@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import stat
 import tempfile
 import threading
@@ -29,8 +30,14 @@ Send = Callable[[dict[str, Any], bytes], None]
 
 
 def folder_of(server_pid: int) -> Path:
-    """Where the models of a server meet."""
-    return Path(tempfile.gettempdir()) / f"sr3rt-{os.getuid()}-{server_pid}"
+    """Where the models of a server meet, which is running.
+
+    A process id is not enough: in every container Triton has the same, and a temporary folder outlives it or is shared.
+    """
+    after_name = Path(f"/proc/{server_pid}/stat").read_text().rpartition(")")[2].split()
+    started = int(after_name[19])  # proc(5): field 22, in ticks since the machine's start
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return Path(tempfile.gettempdir()) / f"sr3rt-{os.getuid()}-{server_pid}-{started:x}-{namespace:x}"
 
 
 def address(model: str) -> str:
@@ -68,7 +75,7 @@ class Server:
 
     def __init__(self, where: str, begin: Callable[[dict[str, Any], bytes, Send], Handle | None]) -> None:
         self._begin = begin
-        own = f"{where}-{os.getpid()}"  # one that is reloaded listens beside the one that drains
+        own = f"{where}-{secrets.token_hex(4)}"  # one that is reloaded listens beside the one that drains, or was killed
         self._listener = Listener(own, "AF_UNIX", backlog=256)
         threading.Thread(target=self._accept, name="sr3rt-link", daemon=True).start()
         Path(f"{own}.new").symlink_to(own)

@@ -111,6 +111,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            self._meeting = folder_of(self._process.pid)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -161,7 +162,7 @@ class Server:
         for left in SHARED_MEMORY.glob(f"{self._folder.name}*"):  # and so does what they shared
             left.unlink(missing_ok=True)
         self._log.close()
-        for folder in (self._folder, folder_of(self._process.pid)):
+        for folder in (self._folder, self._meeting):
             shutil.rmtree(folder, ignore_errors=True)
 
 
