@@ -3,8 +3,9 @@
 Not by Triton's own call from model to model: it never returns when the other model dies, and forgets the codes of errors; and under load
 Triton's Python stub died while such calls were in hand ("free(): invalid pointer", 2.51), which it has not done since.
 
-A message is a JSON object, then bytes; a connection carries one request at a time. Of a peer that dies, the other end is told at once,
-by the socket.
+A message is a JSON object, then bytes; a connection carries one request at a time. The listener's first message says that the connection
+is taken: a connection that is not, as when too many files are open, is nothing to wait at for long. Of a peer that dies, the other end is
+told at once, by the socket.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import secrets
 import stat
@@ -27,6 +29,12 @@ from sr3rt.serving.service import Handle
 
 Message = tuple[dict[str, Any], bytes]
 Send = Callable[[dict[str, Any], bytes], None]
+
+TAKEN = 10.0  # seconds for a connection to be taken
+PAUSE = 0.2  # seconds between attempts to take one, when that fails
+KEPT = 16  # idle connections
+
+log = logging.getLogger(__name__)
 
 
 def folder_of(server_pid: int) -> Path:
@@ -63,11 +71,15 @@ class _Line:
             self._connection.send_bytes(json.dumps(message).encode())
             self._connection.send_bytes(data)
 
-    def receive(self) -> Message:
+    def receive(self, *, within: float | None = None) -> Message:
+        """The next message. Raises TimeoutError where none comes `within` seconds."""
+        if within is not None and not self._connection.poll(within):
+            raise TimeoutError
         return json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
 
     def close(self) -> None:
-        self._connection.close()
+        with self._sending:
+            self._connection.close()
 
 
 class Server:
@@ -76,19 +88,26 @@ class Server:
     def __init__(self, where: str, begin: Callable[[dict[str, Any], bytes, Send], Handle | None]) -> None:
         self._begin = begin
         own = f"{where}-{secrets.token_hex(4)}"  # one that is reloaded listens beside the one that drains, or was killed
-        self._listener = Listener(own, "AF_UNIX", backlog=256)
+        self._closed = threading.Event()
+        self._listener = Listener(own, "AF_UNIX", backlog=4096)
         threading.Thread(target=self._accept, name="sr3rt-link", daemon=True).start()
         Path(f"{own}.new").symlink_to(own)
         Path(f"{own}.new").replace(where)
 
     def close(self) -> None:
         """Listen no more; connections stay until their peer closes them."""
+        self._closed.set()
         self._listener.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                threading.Thread(target=self._serve, args=(_Line(self._listener.accept()),), daemon=True).start()
+        while not self._closed.is_set():
+            try:
+                line = _Line(self._listener.accept())
+                threading.Thread(target=self._serve, args=(line,), daemon=True).start()
+            except (OSError, RuntimeError) as error:  # too many files are open, or threads; or it was closed
+                if not self._closed.is_set():
+                    log.warning("a request could not be taken, and waits: %s", error)
+                    self._closed.wait(PAUSE)
 
     def _serve(self, line: _Line) -> None:
         handle: Handle | None = None
@@ -99,6 +118,7 @@ class Server:
                 line.send(answer, data)
 
         try:
+            line.send({}, b"")  # it is taken
             while True:
                 message, data = line.receive()
                 if "cancel" not in message:
@@ -109,6 +129,8 @@ class Server:
         except (EOFError, OSError):
             if handle is not None:
                 handle.cancel()
+        finally:
+            line.close()
 
 
 class Peer:
@@ -132,7 +154,10 @@ class Peer:
                 if kept:  # it may have been closed long ago
                     continue
                 raise Stopped(f"the model that holds the weights is gone, restart the server: {type(error).__name__}") from None
-            self._idle.append(line)
+            if len(self._idle) < KEPT:
+                self._idle.append(line)
+            else:
+                line.close()
             return answer
         raise AssertionError
 
@@ -142,17 +167,28 @@ class Peer:
             self._idle.pop().close()
 
     def _lines(self) -> Iterator[tuple[_Line, bool]]:
-        """Those that are kept, then a new one."""
+        """Those that are kept, then a new one. Raises Stopped."""
         while self._idle:
             try:
                 yield self._idle.pop(), True
             except IndexError:  # another thread took it
                 break
         try:
-            new = Client(self._where, "AF_UNIX")
-        except OSError as error:
-            raise Stopped(f"the model that holds the weights cannot be reached, restart the server: {error.strerror or error}") from None
-        yield _Line(new), False
+            new = _Line(Client(self._where, "AF_UNIX"))
+            try:
+                new.receive(within=TAKEN)
+            except BaseException:
+                new.close()
+                raise
+        except TimeoutError:
+            raise Stopped(
+                f"the model that holds the weights did not take the request within {TAKEN:g} s: try again later; restart the server if it "
+                "stays so"
+            ) from None
+        except (EOFError, OSError) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise Stopped(f"the model that holds the weights cannot be reached, restart the server: {why}") from None
+        yield new, False
 
 
 class _Cancel:
