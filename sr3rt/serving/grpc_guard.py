@@ -29,15 +29,21 @@ _UNBOUNDED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 
 
 class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Its calls belong to one event loop, the gate's.
-
-    triton: the port of this machine that Triton's own gRPC listens on; None: UNAVAILABLE.
-    """
+    """All of it belongs to one event loop, the gate's."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self.triton: int | None = None
+        self._port: int | None = None
+        self._left = asyncio.Event()
         self._channel: tuple[int | None, Any] = (None, None)
+
+    def turn_to(self, port: int | None) -> None:
+        """The port of this machine that Triton's own gRPC listens on from now on; None: UNAVAILABLE.
+
+        Streams to the Triton before end as soon as it has answered what they asked: it waits for them to, when it is told to stop.
+        """
+        self._left.set()
+        self._port, self._left = port, asyncio.Event()
 
     def service(self, call: Any) -> Any:
         """What answers that call; None: it is not offered."""
@@ -63,18 +69,22 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
         raise AssertionError("abort does not return")
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        left = asyncio.create_task(self._left.wait())
         try:
             channel = await self._triton()
         except Stopped as error:
+            left.cancel()
             await self._refuse(context, error)
         call = channel.stream_stream(STREAM)(metadata=_metadata(context), timeout=context.time_remaining())
-        refused: list[OptionError] = []
+        refused: list[SR3Error] = []
 
         async def pass_on() -> None:
             try:
-                async for request in requests:
+                while (request := await _next(requests, left)) is not None:
                     _check(request)
                     await call.write(request)
+                if left.done():
+                    refused.append(Stopped("the server is shutting down, and has answered what came before: ask another"))
                 await call.done_writing()
             except OptionError as error:
                 refused.append(error)
@@ -86,6 +96,8 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             async for answer in call:
                 yield answer
+            if refused:
+                await self._refuse(context, refused[0])
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details())
         except asyncio.CancelledError:
@@ -94,6 +106,7 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
             await self._refuse(context, refused[0])
         finally:
             passing.cancel()
+            left.cancel()
             call.cancel()
 
     async def _refuse(self, context: Any, error: SR3Error) -> None:
@@ -104,13 +117,13 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _triton(self) -> Any:
         """A channel to it. Raises Stopped."""
         port, channel = self._channel
-        if self.triton is None:
-            raise Stopped("the server is being started: try again later")
-        if self.triton != port:
+        if self._port is None:
+            raise Stopped("the server is being started, or is stopping: try again later")
+        if self._port != port:
             if channel is not None:
                 await channel.close()
-            channel = grpc.aio.insecure_channel(f"{LOOPBACK}:{self.triton}", options=_UNBOUNDED)
-            self._channel = self.triton, channel
+            channel = grpc.aio.insecure_channel(f"{LOOPBACK}:{self._port}", options=_UNBOUNDED)
+            self._channel = self._port, channel
         return channel
 
 
@@ -129,6 +142,16 @@ async def listen(guard: GrpcGuard, host: str, port: int, *, body: int, connectio
     server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     await server.start()
     return server
+
+
+async def _next(requests: AsyncIterator[bytes], over: asyncio.Task[Any]) -> bytes | None:
+    """None where none comes any more, or `over` is done first."""
+    coming = asyncio.ensure_future(anext(requests, None))
+    try:
+        await asyncio.wait((coming, over), return_when=asyncio.FIRST_COMPLETED)
+        return await coming if coming.done() else None
+    finally:
+        coming.cancel()
 
 
 def _check(request: bytes) -> None:

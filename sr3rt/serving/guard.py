@@ -98,13 +98,14 @@ class Bounds:
 class Guard:
     """Listens from the first on. Use it in a `with` statement. Raises OptionError where another process listens.
 
-    triton: the ports of this machine that Triton itself listens on; None or not there: clients are told 503 or UNAVAILABLE.
+    triton: the ports of this machine that Triton itself listens on; None or not there: clients are told 503 or UNAVAILABLE. With another
+    value gRPC streams to the Triton before end, once answered; before Triton is told to stop, that is what it would wait for.
     """
 
     def __init__(self, address: Address, bounds: Bounds) -> None:
         self._address, self._bounds, self._gate = address, bounds, Gate(bounds.requests)
         self._grpc = GrpcGuard(self._gate)
-        self.triton = None
+        self._triton: Ports | None = None
         with contextlib.ExitStack() as opened:
             self._http = opened.enter_context(listening(address.host, address.http, "http"))
             self._metrics = opened.enter_context(listening(address.host, address.metrics, "metrics"))
@@ -122,7 +123,8 @@ class Guard:
 
     @triton.setter
     def triton(self, ports: Ports | None) -> None:
-        self._triton, self._grpc.triton = ports, ports and ports.grpc
+        self._triton = ports
+        self._loop.call_soon_threadsafe(self._grpc.turn_to, ports and ports.grpc)
 
     def __enter__(self) -> Guard:
         return self

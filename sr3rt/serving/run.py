@@ -41,6 +41,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
                     server.ready(within=START)
                     say(_served(address) if not deaths else "the server is back")
                     why = _watch(server, stopping)
+                    guard.triton = None
                     if why is None:
                         break
                     log = server.log(4000)

@@ -22,6 +22,7 @@ class Triton:
     """A server, and clients of it."""
 
     server: Server
+    guard: Guard
     address: Address
 
     @property
@@ -55,7 +56,7 @@ def running(folder: Path, *, patience: float) -> Iterator[Triton]:
     with Guard(address, Bounds.of(configuration)) as guard, Server(repository, arguments=arguments) as server:
         guard.triton = server.ports
         server.ready(within=60)
-        yield Triton(server, address)
+        yield Triton(server, guard, address)
         server.stop(patience=patience)
 
 
