@@ -11,6 +11,7 @@ told at once, by the socket.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -45,7 +46,8 @@ def folder_of(server_pid: int) -> Path:
     after_name = Path(f"/proc/{server_pid}/stat").read_text().rpartition(")")[2].split()
     started = int(after_name[19])  # proc(5): field 22, in ticks since the machine's start
     namespace = Path("/proc/self/ns/pid").stat().st_ino
-    return Path(tempfile.gettempdir()) / f"sr3rt-{os.getuid()}-{server_pid}-{started:x}-{namespace:x}"
+    name = hashlib.sha256(f"{server_pid} {started} {namespace}".encode()).hexdigest()[:12]  # a socket's path has 107 bytes at most
+    return Path(tempfile.gettempdir()) / f"sr3rt-{os.getuid()}-{name}"
 
 
 def address(model: str) -> str:

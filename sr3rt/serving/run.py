@@ -19,18 +19,23 @@ from sr3rt.serving.server import Address, Server, write_repository
 START = 120.0  # seconds for a bundle to load
 EVERY = 2.0  # seconds between probes
 SILENT = 150.0  # seconds for a probe's answer: longer than a step of a large picture
+AT_ONCE = 1.0  # seconds to stop in for a server that has nothing in hand, or is ill
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RESTARTS, WITHIN = 3, 300.0  # more restarts than that in so many seconds, and it is given up
 
 
 def run(configuration: Configuration, address: Address, *, say: Callable[[str], None]) -> int:
-    """Serve until SIGINT or SIGTERM: 0. Raises BackendError when the server cannot be started, or dies again and again."""
+    """Serve until one of `STOPS` comes: 0. One that is ignored stays so, as nohup wants it.
+
+    Raises OptionError, and BackendError when the server cannot be started, or dies again and again.
+    """
     folder = Path(tempfile.mkdtemp(prefix="sr3rt-repository-"))
     stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopping.set()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         repository = write_repository(folder / "models", configuration)
         with Guard(address, Bounds.of(configuration)) as guard:
@@ -38,14 +43,16 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
             while not stopping.is_set():
                 with Server(repository, arguments=["--log-info=false"]) as server:
                     guard.triton = server.ports
-                    server.ready(within=START)
+                    if not server.ready(within=START, stopping=stopping):
+                        server.stop(patience=AT_ONCE)
+                        break
                     say(_served(address) if not deaths else "the server is back")
                     why = _watch(server, stopping)
                     guard.triton = None
                     if why is None:
                         break
                     log = server.log(4000)
-                    server.stop(patience=1.0)  # it would wait for requests that nobody works on
+                    server.stop(patience=AT_ONCE)  # it would wait for requests that nobody works on
                     deaths = [death for death in deaths if time.monotonic() - death < WITHIN] + [time.monotonic()]
                     if len(deaths) > RESTARTS:
                         raise BackendError(f"the server died {len(deaths)} times in {WITHIN:.0f} s, at last: {why}\n{log}")

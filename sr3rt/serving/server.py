@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ PROBE = json.dumps({"inputs": [], "parameters": {"probe": True}})
 """Body of a request to model sr3 that answers 200 while steps can be done; see docs/serving.md."""
 
 LOOPBACK = "127.0.0.1"
+
+TIED = Path(__file__).parent / "tied.py"
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 # where Linux keeps it
 
@@ -87,7 +90,7 @@ def write_repository(target: Path, configuration: Configuration) -> Path:
 
 
 class Server:
-    """A tritonserver on a repository. Use it in a `with` statement; it is stopped at the end.
+    """A tritonserver on a repository. Use it in a `with` statement: it is stopped at the end, and when the thread that made it ends.
 
     ports: of Triton's own, which only this machine reaches: clients come to the guard.
 
@@ -104,8 +107,9 @@ class Server:
             command, environment = _installed(self._folder)
             shared = [f"--backend-config=python,shm-region-prefix-name={self._folder.name}"]
             self._log = (self._folder / "log").open("wb")
+            tie = [sys.executable, "-IS", str(TIED), str(os.getpid())]
             self._process = subprocess.Popen(
-                [*command, f"--model-repository={repository}", *listen, *shared, *arguments],
+                [*tie, *command, f"--model-repository={repository}", *listen, *shared, *arguments],
                 env=environment,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -127,13 +131,16 @@ class Server:
         """Of tritonserver; the models' processes are its children."""
         return self._process.pid
 
-    def ready(self, *, within: float) -> None:
-        """Wait for a real answer. Raises BackendError, with the end of the server's log, when it does not come."""
+    def ready(self, *, within: float, stopping: threading.Event | None = None) -> bool:
+        """Wait for a real answer; False where `stopping` is set before. Raises BackendError, with the end of its log, when none comes."""
+        stopping = stopping or threading.Event()
         end = time.monotonic() + within
         while (why := self.ill(timeout=within)) is not None:
+            if stopping.wait(0.1):
+                return False
             if self._process.poll() is not None or time.monotonic() > end:
                 raise BackendError(f"Triton Inference Server did not become ready: {why}\n{self.log(4000)}")
-            time.sleep(0.1)
+        return True
 
     def ill(self, *, timeout: float) -> str | None:
         """Why it does not serve, None while it does: asks the model itself, as Triton calls models ready whose process is gone."""

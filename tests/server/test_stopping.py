@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from asking import eventually, free_address
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A temporary one whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@contextmanager
+def serving(folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`sr3rt serve`, whose temporary files are in `folder / "tmp"`."""
+    address = free_address()
+    ports = ["--http-port", str(address.http), "--grpc-port", str(address.grpc), "--metrics-port", str(address.metrics)]
+    (folder / "tmp").mkdir()
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "sr3rt", "serve", *ports],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "TMPDIR": str(folder / "tmp"), **environment},
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def children(process: int) -> list[int]:
+    """Those that it made and that are there."""
+    return [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def gone(process: int) -> bool:
+    """Whether it ended; one that nobody waited for has ended too."""
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_an_idle_stream_is_answered_and_then_ended(mortal: Any) -> None:
@@ -26,5 +76,35 @@ def test_an_idle_stream_is_answered_and_then_ended(mortal: Any) -> None:
             told.extend(str(answer) for answer in answers)
         assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
         assert "the server is shutting down, and has answered what came before" in ended.value.details()
-        assert r'\"seed\"' in told[-1]
+        assert r"\"seed\"" in told[-1]
         asked.put(None)
+
+
+@pytest.fixture
+def loading(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`sr3rt serve` while its Triton, for which a program stands in, loads and does not look at SIGTERM."""
+    (folder / "tritonserver").write_text("#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 0.1; done\n")
+    (folder / "tritonserver").chmod(0o755)
+    with serving(folder, PATH=f"{folder}:{os.environ['PATH']}") as process:
+        eventually(lambda: list((folder / "tmp").glob("sr3rt-serve-*/log")) and children(process.pid))
+        yield process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_serve_can_be_stopped_while_the_model_loads(loading: subprocess.Popen[bytes], folder: Path, number: int) -> None:
+    (triton,) = children(loading.pid)
+    loading.send_signal(number)
+    assert loading.wait(30) == 0
+    assert gone(triton)
+    assert list((folder / "tmp").iterdir()) == []
+
+
+def test_what_is_killed_leaves_no_process(folder: Path) -> None:
+    with serving(folder) as process:
+        eventually(lambda: b"Serving." in (folder / "log").read_bytes(), 60)
+        (triton,) = children(process.pid)
+        models = children(triton)
+        assert len(models) == 2
+        process.kill()
+        for one in (triton, *models):
+            eventually(lambda one=one: gone(one), 60)  # type: ignore[misc]
