@@ -203,8 +203,11 @@ def serve(
     grpc_port: int = 8001,
     metrics_port: int = 8002,
     slots: int = 4,
+    slot_pixels: int = 2**24,
     max_requests: int = 64,
     max_pixels: int = 2**26,
+    max_file_bytes: int = 2**24,
+    drain_s: int = 30,
     backend: str = "auto",
     precision: str = "auto",
     device: str = "auto",
@@ -228,10 +231,16 @@ def serve(
         Prometheus metrics.
     slots
         Most pictures in one network call.
+    slot_pixels
+        Most pixels in running pictures together: bounds the memory.
     max_requests
         Requests taken on at a time; the next is refused at once.
     max_pixels
         Pixels of results taken on at a time.
+    max_file_bytes
+        Of a picture file.
+    drain_s
+        Seconds to finish in, when the server is stopped.
     backend
         auto, tensorrt (a GPU, and a bundle with engines), native (needs AVX2), onnxruntime, or torch (a GPU; needs PyTorch).
     precision
@@ -255,8 +264,11 @@ def serve(
         device=device,
         threads=threads,
         slots=slots,
+        slot_pixels=slot_pixels,
         max_requests=max_requests,
         max_pixels=max_pixels,
+        max_file_bytes=max_file_bytes,
+        drain_s=drain_s,
     )
     return run(configuration, Address(host=host, http=http_port, grpc=grpc_port, metrics=metrics_port), say=_say)
 

@@ -59,12 +59,23 @@ class Sized(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; "auto" leaves it to the backend. `threads` 0: all that this process may use."""
+    """What the user asked for; "auto" leaves it to the backend. `threads` 0: all that this process may use. Raises OptionError.
+
+    What precisions there are differs from backend to backend, which says so when it is loaded.
+    """
 
     backend: str = "auto"
     precision: str = "auto"
     device: str = "auto"
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *MODULES):
+            raise OptionError(f"unknown backend {self.backend!r}: expected auto, {', '.join(MODULES)}")
+        if type(self.threads) is not int or not 0 <= self.threads <= _MOST_THREADS:
+            raise OptionError(f"threads must be a whole number from 0 (all) to {_MOST_THREADS}, found {self.threads!r}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+            raise OptionError(f"unknown device {self.device!r}: expected auto, cpu, cuda, or cuda:1 for the second GPU")
 
     @property
     def thread_count(self) -> int:
@@ -83,6 +94,9 @@ MODULES = {
 """Each module has `load(bundle, request) -> Network`, `why_not() -> str | None`, which says why it cannot run here, and
 `refusal(bundle, request) -> str | None`, which says why it cannot do what is asked with that bundle."""
 
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+"""Those that one backend or another has."""
+
 _MOST_THREADS = 1024
 
 ORDER = ("tensorrt", "native", "onnxruntime", "torch")
@@ -97,14 +111,8 @@ def why_not(name: str) -> str | None:
 
 def load(bundle: Bundle, request: Request) -> Network:
     """The network of `bundle` on the backend asked for; by "auto", the first of `ORDER` that does it. One that was expected to and fails is
-    told in a RuntimeWarning. Raises OptionError, BackendError, EngineRefused, MissingExtra or BundleCorrupt.
+    told in a RuntimeWarning. Raises BackendError, EngineRefused, MissingExtra or BundleCorrupt.
     """
-    if request.backend not in ("auto", *MODULES):
-        raise OptionError(f"unknown backend {request.backend!r}: expected auto, {', '.join(MODULES)}")
-    if type(request.threads) is not int or not 0 <= request.threads <= _MOST_THREADS:
-        raise OptionError(f"threads must be a whole number from 0 (all) to {_MOST_THREADS}, found {request.threads!r}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(request.device)):
-        raise OptionError(f"unknown device {request.device!r}: expected auto, cpu, cuda, or cuda:1 for the second GPU")
     if request.backend != "auto":
         return _loaded(request.backend, bundle, request)
     reasons = {}

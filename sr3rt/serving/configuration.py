@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
+from sr3rt.backends import PRECISIONS, Request
 from sr3rt.errors import OptionError
+from sr3rt.serving.batcher import Joins
 from sr3rt.serving.service import Settings
+
+_LEAST = {"slots": 1, "slot_pixels": 1, "max_requests": 1, "max_pixels": 1, "max_file_bytes": 1, "drain_s": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What an operator sets; all are text in config.pbtxt, empty: the default.
+    """What an operator sets; all are text in config.pbtxt, empty: the default. Raises OptionError for what makes no sense.
 
     bundle: path; the small 4× model that ships when not given. backend, precision, device, threads: as `sr3rt.load` takes them.
     max_requests, max_pixels: taken on at a time, the pixels being those of the results. max_file_bytes: of a picture file.
@@ -33,6 +37,17 @@ class Configuration:
     drain_s: int = 30
     joins: str = "step"
     core: str = "sr3_stream"
+
+    def __post_init__(self) -> None:
+        Request(self.backend, self.precision, self.device, self.threads)  # which checks them
+        if self.precision not in PRECISIONS:
+            raise OptionError(f"unknown precision {self.precision!r}: expected {', '.join(PRECISIONS)}")
+        for name, least in _LEAST.items():
+            found = getattr(self, name)
+            if type(found) is not int or found < least:
+                raise OptionError(f"{name} must be a whole number from {least} on, found {found!r}")
+        if self.joins not in get_args(Joins):
+            raise OptionError(f"joins must be one of {', '.join(get_args(Joins))}, found {self.joins!r}")
 
     @classmethod
     def read(cls, model_config: str) -> Configuration:
@@ -55,7 +70,7 @@ class Configuration:
             slot_pixels=self.slot_pixels,
             requests=self.max_requests,
             pixels=self.max_pixels,
-            joins=self.joins,  # type: ignore[arg-type] # checked by Batcher
+            joins=self.joins,  # type: ignore[arg-type] # checked above
         )
 
 

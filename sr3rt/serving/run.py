@@ -19,6 +19,7 @@ from sr3rt.serving.server import Address, Server, write_repository
 START = 120.0  # seconds for a bundle to load
 EVERY = 2.0  # seconds between probes
 SILENT = 150.0  # seconds for a probe's answer: longer than a step of a large picture
+SLACK = 10  # seconds that Triton has beside drain_s, and this process beside Triton
 AT_ONCE = 1.0  # seconds to stop in for a server that has nothing in hand, or is ill
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RESTARTS, WITHIN = 3, 300.0  # more restarts than that in so many seconds, and it is given up
@@ -30,6 +31,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
     Raises OptionError, and BackendError when the server cannot be started, or dies again and again.
     """
     folder = Path(tempfile.mkdtemp(prefix="sr3rt-repository-"))
+    triton_has = configuration.drain_s + SLACK
     stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -41,7 +43,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
         with Guard(address, Bounds.of(configuration)) as guard:
             deaths: list[float] = []
             while not stopping.is_set():
-                with Server(repository, arguments=["--log-info=false"]) as server:
+                with Server(repository, arguments=["--log-info=false", f"--exit-timeout-secs={triton_has}"]) as server:
                     guard.triton = server.ports
                     if not server.ready(within=START, stopping=stopping):
                         server.stop(patience=AT_ONCE)
@@ -50,6 +52,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
                     why = _watch(server, stopping)
                     guard.triton = None
                     if why is None:
+                        server.stop(patience=triton_has + SLACK)
                         break
                     log = server.log(4000)
                     server.stop(patience=AT_ONCE)  # it would wait for requests that nobody works on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import importlib.util
 import json
@@ -43,12 +44,20 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 # where Linux keeps it
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where clients reach the guard (guard.py)."""
+    """Where clients reach the guard (guard.py). Raises OptionError for ports that cannot be."""
 
     host: str = LOOPBACK
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+
+    def __post_init__(self) -> None:
+        ports = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
+        for kind, port in ports.items():
+            if not 1 <= port <= 65535:
+                raise OptionError(f"the {kind} port must be from 1 to 65535, found {port}")
+        if len(set(ports.values())) < len(ports):
+            raise OptionError(f"the ports must differ, found {', '.join(f'{kind} {port}' for kind, port in ports.items())}")
 
 
 class Ports(NamedTuple):
@@ -61,11 +70,16 @@ class Ports(NamedTuple):
 
 def listening(host: str, port: int, kind: str) -> socket.socket:
     """A socket that listens. Raises OptionError where another process does: its answers would be taken for ours."""
-    family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OptionError(f"host {host!r} is no address ({why}): give one of this machine's, or 0.0.0.0 for all of them") from None
     try:
         return socket.create_server(where, family=family, backlog=1024)
     except OSError as error:
-        raise OptionError(f"{host}:{port} cannot be listened on ({os.strerror(error.errno or 0)}): choose another {kind} port") from None
+        advice = "give an address of this machine" if error.errno == errno.EADDRNOTAVAIL else f"choose another {kind} port"
+        raise OptionError(f"{host}:{port} cannot be listened on ({os.strerror(error.errno or 0)}): {advice}") from None
 
 
 def write_repository(target: Path, configuration: Configuration) -> Path:
