@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 
@@ -14,9 +15,10 @@ from arithmetic import Arithmetic
 
 from sr3rt.backends import Floats
 from sr3rt.engine import Engine, Job
-from sr3rt.errors import Cancelled, DeadlineExceeded, NonFiniteError, OptionError, Stopped
+from sr3rt.errors import BackendError, Cancelled, DeadlineExceeded, NonFiniteError, OptionError, Stopped
 from sr3rt.samplers import Sampler, Table, table
 from sr3rt.schedule import named, respace
+from sr3rt.serving import batcher as serving
 from sr3rt.serving.batcher import FAILURES, PATIENCE, Batcher
 
 TRAINED = named("linear", 2000, 1e-6, 1e-2)
@@ -177,6 +179,55 @@ def test_whole_request_batching_is_there_to_compare_with(gate: Gate) -> None:
     gate.open()
     batcher.close(drain=20)
     assert [shape[0] for shape in gate.shapes] == [1, 1, 1, 1, 1, 2, 1, 1, 1]
+
+
+class Watched(Arithmetic):
+    """Knows which engines there are, by the width of their pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bound: dict[int, weakref.ref[Floats]] = {}
+
+    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        assert x.base is not None
+        self.bound[x.shape[3]] = weakref.ref(x.base)
+        return super().bind(x, y, level, out)
+
+    @property
+    def widths(self) -> set[int]:
+        return {width for width, engine in self.bound.items() if engine() is not None}
+
+
+def test_idle_engines_are_kept_within_a_number_and_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "IDLE_PIXELS", 2 * 8 * (8 + 16 + 24))
+    network = Watched()
+    batcher = Batcher(network, slots=2)
+    for width, left in ((8, {8}), (16, {8, 16}), (24, {8, 16, 24}), (32, {16, 32}), (64, {16, 32}), (40, {40})):
+        batcher.submit(job(shape=(3, 8, width))).future.result(20)
+        end = time.monotonic() + 20
+        while network.widths != left:
+            assert time.monotonic() < end, network.widths
+            time.sleep(0.01)
+    batcher.close()
+
+
+def test_an_engine_that_finds_no_memory_takes_that_of_idle_ones() -> None:
+    class Device(Arithmetic):
+        def __init__(self) -> None:
+            super().__init__()
+            self.engines = weakref.WeakSet[Engine]()
+
+        def engine(self, *, capacity: int, channels: int, height: int, width: int) -> Engine:
+            if len(self.engines) == 2:
+                raise BackendError("no memory")
+            engine = Engine(Arithmetic(), capacity=capacity, channels=channels, height=height, width=width)
+            self.engines.add(engine)
+            return engine
+
+    batcher = Batcher(Device())
+    for width in (8, 16, 24, 32):
+        assert batcher.submit(job(shape=(3, 8, width))).future.result(20).shape == (3, 8, width)
+    batcher.close()
 
 
 # --- leaving

@@ -17,6 +17,7 @@ from arithmetic import Arithmetic
 from PIL import Image
 
 import sr3rt
+from sr3rt import memory
 from sr3rt.backends import Floats
 from sr3rt.bundle import Bundle
 from sr3rt.errors import Cancelled, DeadlineExceeded, ImageError, ImageTooLarge, OptionError, Overloaded, SR3Error, Stopped
@@ -239,6 +240,23 @@ def test_over_the_limit_of_requests_or_pixels_the_answer_is_no_at_once(held: tup
     for replies in waiting:
         replies.last()
     ask(service, PIXELS)  # there is room again
+
+
+def test_what_only_finds_others_in_its_way_may_come_again(up: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
+    available = 2**30
+    monkeypatch.setattr(memory, "available", lambda: available)
+    service = Service(up)
+    ask(service, PIXELS)
+    available = 2**10
+    with pytest.raises(Overloaded, match=r"a 56×40 result needs about 0\.0 GiB, which other requests have now: try again later"):
+        ask(service, PIXELS)
+    small = Service(up)
+    with pytest.raises(ImageTooLarge, match=r"with this model, this server has 0\.0 GiB: crop the picture, or ask another$"):
+        ask(small, PIXELS)
+    available = 2**30
+    ask(service, PIXELS)
+    for one in (service, small):
+        one.close()
 
 
 def test_cancelled_and_expired_requests_give_their_place_back(held: tuple[Service, Held]) -> None:

@@ -14,8 +14,8 @@ import time
 from typing import Literal
 
 from sr3rt.backends import Floats, Network
-from sr3rt.engine import Job, Stepper, engine_of
-from sr3rt.errors import Cancelled, DeadlineExceeded, OptionError, Stopped
+from sr3rt.engine import BringsEngine, Job, Stepper, engine_of
+from sr3rt.errors import BackendError, Cancelled, DeadlineExceeded, OptionError, Stopped
 from sr3rt.serving.counts import Counts
 from sr3rt.serving.ticket import OnStep, Ticket
 
@@ -24,6 +24,7 @@ Joins = Literal["step", "batch"]
 PATIENCE = 10.0  # seconds that a request waits for one of the next higher priority; so none waits for ever
 FAILURES = 3  # network calls that fail one after another before the batcher gives up
 IDLE_LANES = 4  # sizes that keep their engine while nothing of that size is asked for
+IDLE_PIXELS = 2**20  # and, on the host, of all their slots: to make an engine anew takes little there, and its memory is pictures' own
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,20 @@ class Batcher:
         running = [lane for lane in self._lanes.values() if lane.tickets]
         if running:
             self._step(min(running, key=lambda lane: lane.clock))
+        self._forget(lanes=IDLE_LANES, pixels=None if isinstance(self._network, BringsEngine) else IDLE_PIXELS)
+
+    def _forget(self, *, lanes: int, pixels: int | None = None) -> int:
+        """Drop idle engines but for so many, with so many pixels in their slots, the last used first. Returns how many were dropped."""
+        kept = taken = dropped = 0
+        with self._condition:
+            for shape in [shape for shape, lane in reversed(self._lanes.items()) if not lane.tickets]:
+                size = self._slots * shape[1] * shape[2]
+                if kept < lanes and (pixels is None or taken + size <= pixels):
+                    kept, taken = kept + 1, taken + size
+                else:
+                    del self._lanes[shape]
+                    dropped += 1
+        return dropped
 
     def _dismiss(self) -> None:
         """Those that were cancelled, or whose time ran out, leave."""
@@ -209,14 +224,17 @@ class Batcher:
             self._counts.queue_seconds += ticket.waited
             self._lanes.pop(shape, None)
             self._lanes[shape] = lane  # last: the most recently used
-            idle = [one for one, lane in self._lanes.items() if not lane.tickets]
-            for one in idle[: max(0, len(idle) - IDLE_LANES)]:
-                del self._lanes[one]
 
     def _lane(self, shape: tuple[int, ...]) -> _Lane:
-        channels, height, width = shape
-        engine = engine_of(self._network, capacity=self._slots, channels=channels, height=height, width=width, threads=self._threads)
-        return _Lane(engine, 0.0)
+        try:
+            return _Lane(self._engine(*shape), 0.0)
+        except BackendError:
+            if not self._forget(lanes=0):
+                raise
+        return _Lane(self._engine(*shape), 0.0)  # what was kept may have been in the way
+
+    def _engine(self, channels: int, height: int, width: int) -> Stepper:
+        return engine_of(self._network, capacity=self._slots, channels=channels, height=height, width=width, threads=self._threads)
 
     def _step(self, lane: _Lane) -> None:
         pictures, start = len(lane.tickets), time.monotonic()

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sr3rt import memory
 from sr3rt.backends import Floats
 from sr3rt.decoding import open_header
-from sr3rt.errors import Cancelled, ImageError, Stopped
+from sr3rt.errors import Cancelled, ImageError, ImageTooLarge, Overloaded, SR3Error, Stopped
+from sr3rt.images import Picture, padded, read
 from sr3rt.options import seeds
 from sr3rt.refinement import Plan, Task
 from sr3rt.saving import check, encode
@@ -101,6 +103,7 @@ class Service:
     def __init__(self, upscaler: Upscaler, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self._upscaler = upscaler
+        self._memory = memory.available() or 0  # of an idle server
         self._admission = Admission(requests=self.settings.requests, pixels=self.settings.pixels)
         self._batcher = Batcher(
             upscaler.network,
@@ -114,7 +117,7 @@ class Service:
     def submit(self, image: Encoded, query: Query, on_reply: OnReply, *, progress: bool = False) -> Handle:
         """Take on a request: options, file header and limits are checked before anything is decoded or queued.
 
-        Raises OptionError, ImageError, ImageTooLarge, Overloaded, Stopped; what fails later goes to `on_reply`.
+        Raises OptionError, ImageError, ImageTooLarge, Overloaded, SR3Error, Stopped; what fails later goes to `on_reply`.
         """
         plan = self._upscaler.plan(
             steps=query.steps, sampler=query.sampler, schedule=query.schedule, consistency=query.consistency, tile="off"
@@ -175,6 +178,26 @@ class Service:
             height, width, _ = image.shape
         return int(height * width) * self._upscaler.bundle.manifest.scale**2
 
+    def _task(self, image: Encoded, plan: Plan, *, seed: int) -> Task:
+        """Raises as `Upscaler.task`; Overloaded where memory would suffice if others had none of it."""
+        picture = read(image, limits=self._upscaler.limits)
+        try:
+            return self._upscaler.task(picture, plan, seed=seed)
+        except ImageTooLarge:  # of memory: the limits are passed
+            raise self._without_memory(picture) from None
+
+    def _without_memory(self, picture: Picture) -> SR3Error:
+        manifest = self._upscaler.bundle.manifest
+        sides = picture.height, picture.width
+        height, width = (padded(side, scale=manifest.scale, stride=manifest.stride) * manifest.scale for side in sides)
+        needed = self._upscaler._needed(height, width, None)
+        what = f"a {picture.width * manifest.scale}×{picture.height * manifest.scale} result needs about {needed / 2**30:.1f} GiB"
+        if needed > self._memory:
+            return ImageTooLarge(
+                f"{what} with this model, this server has {self._memory / 2**30:.1f} GiB: crop the picture, or ask another"
+            )
+        return Overloaded(f"{what}, which other requests have now: try again later")
+
 
 @dataclass(frozen=True, eq=False)
 class _Step:
@@ -204,7 +227,7 @@ class _Request:
         try:
             if self.handle.cancelled:
                 raise Cancelled("cancelled before it began")
-            self._task: Task = service._upscaler.task(self._image, self._plan, seed=self._seed)
+            self._task: Task = service._task(self._image, self._plan, seed=self._seed)
             if self._format != "pixels":
                 check(self._task.picture.mode, self._format.upper())
             ticket = service._batcher.submit(
