@@ -228,7 +228,9 @@ def test_over_the_limit_of_requests_or_pixels_the_answer_is_no_at_once(held: tup
     waiting = [Replies() for _ in range(2)]
     for replies in waiting:
         service.submit(PIXELS, Query(), replies)
-    with pytest.raises(Overloaded, match=r"results of 4480 pixels are unfinished and 2240 more are asked for, the limit is 4580"):
+    with pytest.raises(
+        Overloaded, match=r"results and previews of 4480 pixels are unfinished and 2240 more are asked for, the limit is 4580"
+    ):
         service.submit(PIXELS, Query(), Replies())
     waiting.append(Replies())
     service.submit(PIXELS[:2, :2], Query(), waiting[-1])
@@ -240,6 +242,20 @@ def test_over_the_limit_of_requests_or_pixels_the_answer_is_no_at_once(held: tup
     for replies in waiting:
         replies.last()
     ask(service, PIXELS)  # there is room again
+
+
+def test_previews_count_as_results(held: tuple[Service, Held]) -> None:
+    service, network = held
+    one = Replies()
+    service.submit(PIXELS, Query(steps=3, previews=2), one, progress=True)  # two pictures of 2240 pixels, the limit being 4580
+    with pytest.raises(Overloaded, match="results and previews of 4480 pixels are unfinished"):
+        service.submit(PIXELS, Query(), Replies())
+    told = "previews=1 makes 2 pictures beside the result, each of 2240 pixels; this server takes on at most 4580 pixels .*: use a larger"
+    with pytest.raises(OptionError, match=told):
+        service.submit(PIXELS, Query(steps=3, previews=1), Replies(), progress=True)
+    network.go.set()
+    one.last()
+    ask(service, PIXELS, steps=3, previews=1)  # of which nobody is told
 
 
 def test_what_only_finds_others_in_its_way_may_come_again(up: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from sr3rt.errors import ImageTooLarge, Overloaded
 
 
 class Admission:
-    """Counts requests and the pixels of their results. Thread-safe."""
+    """Counts requests and the pixels of their results and previews. Thread-safe."""
 
     def __init__(self, *, requests: int, pixels: int) -> None:
         """The most of each at a time."""
@@ -22,7 +22,7 @@ class Admission:
         return self._places
 
     def admit(self, pixels: int) -> Place:
-        """A place for a result of that many pixels. Raises Overloaded; ImageTooLarge where not even an idle server would take it."""
+        """A place for so many pixels. Raises Overloaded; ImageTooLarge where not even an idle server would take it."""
         if pixels > self.pixels:
             raise ImageTooLarge(f"the result would have {pixels} pixels; this server takes on at most {self.pixels} at a time")
         with self._lock:
@@ -30,8 +30,8 @@ class Admission:
                 raise Overloaded(f"{self._places} requests are unfinished, the limit is {self.requests}: try again later")
             if self._taken + pixels > self.pixels:
                 raise Overloaded(
-                    f"results of {self._taken} pixels are unfinished and {pixels} more are asked for, the limit is {self.pixels}: "
-                    "try again later"
+                    f"results and previews of {self._taken} pixels are unfinished and {pixels} more are asked for, the limit is "
+                    f"{self.pixels}: try again later"
                 )
             self._places += 1
             self._taken += pixels

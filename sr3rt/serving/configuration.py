@@ -19,7 +19,7 @@ class Configuration:
     """What an operator sets; all are text in config.pbtxt, empty: the default. Raises OptionError for what makes no sense.
 
     bundle: path; the small 4× model that ships when not given. backend, precision, device, threads: as `sr3rt.load` takes them.
-    max_requests, max_pixels: taken on at a time, the pixels being those of the results. max_file_bytes: of a picture file.
+    max_requests, max_pixels: taken on at a time, the pixels being those of the results and previews. max_file_bytes: of a picture file.
     slots: most pictures in one network call. slot_pixels: most in running pictures together. drain_s: to finish in when unloaded.
     joins: "batch" lets requests join only when all are done; for comparison. core: the name of the model that holds the weights.
     """

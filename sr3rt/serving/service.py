@@ -20,7 +20,7 @@ from PIL import Image
 from sr3rt import memory
 from sr3rt.backends import Floats
 from sr3rt.decoding import open_header
-from sr3rt.errors import Cancelled, ImageError, ImageTooLarge, Overloaded, SR3Error, Stopped
+from sr3rt.errors import Cancelled, ImageError, ImageTooLarge, OptionError, Overloaded, SR3Error, Stopped
 from sr3rt.images import Picture, padded, read
 from sr3rt.options import seeds
 from sr3rt.refinement import Plan, Task
@@ -117,7 +117,7 @@ class Service:
     def submit(self, image: Encoded, query: Query, on_reply: OnReply, *, progress: bool = False) -> Handle:
         """Take on a request: options, file header and limits are checked before anything is decoded or queued.
 
-        Raises OptionError, ImageError, ImageTooLarge, Overloaded, SR3Error, Stopped; what fails later goes to `on_reply`.
+        Raises OptionError, ImageError, ImageTooLarge, OptionError, Overloaded, SR3Error, Stopped; what fails later goes to `on_reply`.
         """
         plan = self._upscaler.plan(
             steps=query.steps, sampler=query.sampler, schedule=query.schedule, consistency=query.consistency, tile="off"
@@ -127,7 +127,7 @@ class Service:
             image = _decoded(image)
         if self._batcher.dead:
             raise Stopped(self._batcher.dead)
-        place = self._admission.admit(self._result_pixels(image))
+        place = self._admission.admit(self._pixels(image, query, len(plan.table), progress=progress))
         try:
             request = _Request(self, image, query, plan, seed, on_reply, place, progress=progress)
             self._pool.submit(request.prepare)
@@ -166,6 +166,17 @@ class Service:
             time.sleep(0.01)
         self._batcher.close(drain=max(0.0, end - time.monotonic()))
         self._pool.shutdown()
+
+    def _pixels(self, image: Encoded, query: Query, steps: int, *, progress: bool) -> int:
+        """Of the result and of the previews, each of which Triton keeps until the client reads it. Raises ImageError, OptionError."""
+        result, limit = self._result_pixels(image), self._admission.pixels
+        previews = (steps - 1) // query.previews if progress and query.previews else 0
+        if result <= limit < result * (1 + previews):
+            raise OptionError(
+                f"previews={query.previews} makes {previews} pictures beside the result, each of {result} pixels; this server takes on at "
+                f"most {limit} pixels at a time: use a larger number, or 0 for none"
+            )
+        return result * (1 + previews)
 
     def _result_pixels(self, image: Encoded) -> int:
         """Of the result, from the header alone. Raises ImageError."""
