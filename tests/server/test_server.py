@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from asking import by_http, encoded, free_address, opened, post, status
+from asking import by_http, free_address, post, status
 from mutations import mutated
 
 import sr3rt
@@ -27,7 +27,6 @@ from sr3rt.serving.guard import Bounds, Guard
 from sr3rt.serving.server import Server, write_repository
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
-CLIENT = Path(__file__).parents[2] / "examples" / "client.py"
 
 
 def stub(server_pid: int, model: str) -> int:
@@ -81,22 +80,6 @@ def test_bodies_that_nobody_should_send_get_an_error_and_harm_nothing(triton: An
         assert code == 200 or re.search(r'"error":\s*".+', text), (i, code, text[:200])
     assert triton.server.ill(timeout=20) is None
     assert by_http(triton, PICTURE, steps=1)
-
-
-@pytest.mark.parametrize("protocol", ["stream", "grpc", "http"])
-def test_the_example_client_upscales(triton: Any, tmp_path: Path, protocol: str) -> None:
-    (tmp_path / "in.png").write_bytes(encoded(PICTURE))
-    address = triton.address
-    port = address.http if protocol == "http" else address.grpc
-    options = ["--protocol", protocol, "--server", f"127.0.0.1:{port}", "--steps", "4", "--seed", "5", "--previews", "1"]
-    done = subprocess.run(
-        [sys.executable, CLIENT, tmp_path / "in.png", tmp_path / "out.png", *options], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "seed 5, 4 steps" in done.stdout
-    expected = np.asarray(sr3rt.upscale(encoded(PICTURE), steps=4, seed=5))
-    assert np.abs(opened((tmp_path / "out.png").read_bytes()).astype(int) - expected).max() <= 1
-    assert (tmp_path / "out-1.png").exists() == (protocol == "stream")
 
 
 # --- sr3rt serve
