@@ -84,7 +84,7 @@ class _Line:
             self._connection.close()
 
 
-class Server:
+class Responder:
     """Listens. For each request calls `begin(message, data, send)`, which answers by `send`, once, and may return what to cancel."""
 
     def __init__(self, where: str, begin: Callable[[dict[str, Any], bytes, Send], Handle | None]) -> None:
@@ -136,7 +136,7 @@ class Server:
 
 
 class Peer:
-    """Asks a `Server`. Thread-safe: connections are kept, one for each request at a time."""
+    """Asks a `Responder`. Thread-safe: connections are kept, one for each request at a time."""
 
     def __init__(self, where: str) -> None:
         self._where = where

@@ -60,7 +60,7 @@ class Core:
         self._service.probe()
         self._watch = _Watch()
         self._meters = Meters(args["model_name"], self._service)
-        self._link = link.Server(link.address(args["model_name"]), self._relayed)
+        self._link = link.Responder(link.address(args["model_name"]), self._relayed)
 
     def execute(self, requests: list[Any]) -> None:
         """Take each request on, or refuse it, at once."""

@@ -21,8 +21,8 @@ def ask(peer: link.Peer, **message: Any) -> dict[str, Any]:
     return answer
 
 
-def answering(where: Path, **answer: Any) -> link.Server:
-    return link.Server(str(where), lambda message, data, send: send(answer, b""))
+def answering(where: Path, **answer: Any) -> link.Responder:
+    return link.Responder(str(where), lambda message, data, send: send(answer, b""))
 
 
 def test_one_that_was_killed_is_succeeded_by_a_process_with_the_same_number(tmp_path: Path) -> None:
@@ -47,12 +47,12 @@ def test_servers_of_one_number_in_two_containers_do_not_meet() -> None:
 def test_who_finds_no_free_file_waits_and_is_answered(tmp_path: Path) -> None:
     code = f"""
 import resource, sys, threading
-from sr3rt.serving.link import Server
+from sr3rt.serving.link import Responder
 
 def begin(message, data, send):
     threading.Timer(0.1, send, ({{}}, b"")).start()
 
-Server({str(tmp_path / "model")!r}, begin)
+Responder({str(tmp_path / "model")!r}, begin)
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 print("listens", flush=True)
 sys.stdin.read()
