@@ -77,12 +77,15 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
             await self._refuse(context, error)
         call = channel.stream_stream(STREAM)(metadata=_metadata(context), timeout=context.time_remaining())
         refused: list[SR3Error] = []
+        read = asyncio.Event()  # whether the client has: Triton keeps what is not, and so is asked for no more meanwhile
+        read.set()
 
         async def pass_on() -> None:
             try:
                 while (request := await _next(requests, left)) is not None:
                     _check(request)
                     await call.write(request)
+                    await read.wait()
                 if left.done():
                     refused.append(Stopped("the server is shutting down, and has answered what came before: ask another"))
                 await call.done_writing()
@@ -95,7 +98,9 @@ class GrpcGuard(grpc.GenericRpcHandler):  # type: ignore[misc]
         passing = asyncio.create_task(pass_on())
         try:
             async for answer in call:
+                read.clear()
                 yield answer
+                read.set()
             if refused:
                 await self._refuse(context, refused[0])
         except grpc.aio.AioRpcError as error:

@@ -273,6 +273,20 @@ def test_calls_that_triton_does_not_survive_are_refused(triton: Any, stub: Any, 
     assert stub.ModelInfer(call()).raw_output_contents
 
 
+def test_who_does_not_read_gets_no_more_requests_done(triton: Any, stub: Any) -> None:
+    def ended() -> float:
+        time.sleep(1)  # what was done before is told by then
+        return metric(triton, 'sr3rt_requests_total{model="sr3_stream"')
+
+    large, before = call("sr3_stream", shape=(128, 128, 3), data=bytes(128 * 128 * 3)), ended()
+    answers = stub.ModelStreamInfer(time.sleep(0.05) or large for _ in range(40))
+    count, more = before, ended()
+    while more > count:
+        count, more = more, ended()
+    assert before < count < before + 40
+    assert len(list(answers)) == 40
+
+
 def test_only_what_clients_need_is_offered_by_grpc(triton: Any, stub: Any) -> None:
     for refused in (
         lambda: stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name="sr3")),
