@@ -30,10 +30,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sr3rt import _native
 from sr3rt.bundle import WEIGHTS, Bundle
-from sr3rt.cli import SUFFIXES, run_command
+from sr3rt.cli import run_command
 from sr3rt.errors import MissingExtra, OptionError
 from sr3rt.export.nets.compact import COARSE, DETAIL, CompactConfig, CompactUNet, bands
 from sr3rt.safetensors import Weights
+from sr3rt.work import READ
 
 SCALE = 4
 TYPICAL = 0.002  # median over crops of the energy of x's details at half resolution
@@ -67,9 +68,9 @@ def photographs(folder: Path, hold_out: str) -> list[Pixels]:
     except ModuleNotFoundError:
         raise MissingExtra("training", "scikit-image", "export,bench") from None
 
-    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES and not path.match(hold_out)]
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in READ and not path.match(hold_out)]
     if not paths:
-        raise OptionError(f"{folder} holds nothing to train on: give --images a folder of photographs ({', '.join(SUFFIXES)})")
+        raise OptionError(f"{folder} holds nothing to train on: give --images a folder of photographs ({', '.join(READ)})")
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     pictures += [getattr(data, name)() for name in ("astronaut", "cat", "coffee", "rocket")]
     return [*pictures, data.stereo_motorcycle()[0]]  # type: ignore[no-untyped-call]

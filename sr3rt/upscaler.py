@@ -155,6 +155,11 @@ class Upscaler:
         check_size(height, width, f"a picture for {self.bundle.manifest.name}", self.limits)
         self._side(height, width, plan.tile)
 
+    def needs(self, height: int, width: int) -> int:
+        """Bytes of memory that refining a picture of that size whole takes. Raises ImageError for a size that the network cannot do."""
+        scale, stride = self.bundle.manifest.scale, self.bundle.manifest.stride
+        return self._bytes(*(padded(length, scale=scale, stride=stride) * scale for length in (height, width)))
+
     def _item(self, picture: Picture, plan: Plan, *, seed: int, noise: Noise | None) -> Item:
         """A picture of a call, which can be done: raises as `task`."""
         side = self._side(picture.height, picture.width, plan.tile)

@@ -21,7 +21,7 @@ from sr3rt import memory
 from sr3rt.backends import Floats
 from sr3rt.decoding import open_header
 from sr3rt.errors import Cancelled, ImageError, ImageTooLarge, OptionError, Overloaded, SR3Error, Stopped
-from sr3rt.images import Picture, padded, read
+from sr3rt.images import Picture, read
 from sr3rt.options import seeds
 from sr3rt.refinement import Plan, Task
 from sr3rt.saving import check, encode
@@ -199,9 +199,7 @@ class Service:
 
     def _without_memory(self, picture: Picture) -> SR3Error:
         manifest = self._upscaler.bundle.manifest
-        sides = picture.height, picture.width
-        height, width = (padded(side, scale=manifest.scale, stride=manifest.stride) * manifest.scale for side in sides)
-        needed = self._upscaler._needed(height, width, None)
+        needed = self._upscaler.needs(picture.height, picture.width)
         what = f"a {picture.width * manifest.scale}×{picture.height * manifest.scale} result needs about {needed / 2**30:.1f} GiB"
         if needed > self._memory:
             return ImageTooLarge(
