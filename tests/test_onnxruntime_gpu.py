@@ -10,7 +10,7 @@ import cuda_on_host
 import numpy as np
 import pytest
 from cuda_on_host import Cuda
-from test_tensorrt import photograph, psnr
+from test_tensorrt import assert_pictures_are_the_cpus, photograph
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -49,16 +49,9 @@ def any_gpu(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.usefixtures("any_gpu")
 def test_the_pictures_are_the_cpus() -> None:
-    up, on_cpu = sr3rt.load(backend="onnxruntime", device="cuda"), sr3rt.load(device="cpu", precision="fp32")
+    up = sr3rt.load(backend="onnxruntime", device="cuda")
     assert (up.network.backend, up.network.precision, up.network.device) == ("onnxruntime", "fp32", "cuda:0")
-    pictures = [photograph(), photograph()[::-1].copy(), photograph()[:, ::-1].copy()]
-    for options in ({"steps": 3, "sampler": "sr3"}, {"steps": 3, "consistency": "every"}, {"steps": 4}):
-        wanted = on_cpu.upscale(pictures, seed=[1, 2, 3], **options)
-        for a, b in zip(up.upscale(pictures, seed=[1, 2, 3], **options), wanted, strict=True):
-            assert psnr(a, b) >= 60
-        assert psnr(up.upscale(pictures[2], seed=3, **options), wanted[2]) >= 60  # alone, too
-    tall = photograph(24, 16)
-    assert psnr(up.upscale(tall, seed=1, steps=3), on_cpu.upscale(tall, seed=1, steps=3)) >= 60
+    assert_pictures_are_the_cpus(up)
 
 
 def test_a_second_call_takes_no_memory_and_captures_nothing(on_host: Cuda) -> None:

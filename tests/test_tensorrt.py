@@ -116,6 +116,19 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * np.log10(255**2 / max(error, 1e-9))
 
 
+def assert_pictures_are_the_cpus(up: sr3rt.Upscaler) -> None:
+    """In a batch, alone, by the host's loop and at other sizes, within 60 dB."""
+    on_cpu = sr3rt.load(device="cpu", precision="fp32")
+    pictures = [photograph(), photograph()[::-1].copy(), photograph()[:, ::-1].copy()]
+    for options in ({"steps": 3, "sampler": "sr3"}, {"steps": 3, "consistency": "every"}, {"steps": 4}):
+        wanted = on_cpu.upscale(pictures, seed=[1, 2, 3], **options)
+        for a, b in zip(up.upscale(pictures, seed=[1, 2, 3], **options), wanted, strict=True):
+            assert psnr(a, b) >= 60
+        assert psnr(up.upscale(pictures[2], seed=3, **options), wanted[2]) >= 60  # alone, too
+    tall = photograph(24, 16)
+    assert psnr(up.upscale(tall, seed=1, steps=3), on_cpu.upscale(tall, seed=1, steps=3)) >= 60
+
+
 def test_previews_and_cancelling(built: Path, put: Put) -> None:
     put(right)
     up = sr3rt.load(built, precision="fp32")
