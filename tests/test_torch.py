@@ -19,10 +19,9 @@ torch = pytest.importorskip("torch")
 
 import sr3rt  # noqa: E402
 from sr3rt import backends  # noqa: E402
-from sr3rt.backends import Request, cuda, load  # noqa: E402
+from sr3rt.backends import Request, cuda, load, pytorch  # noqa: E402
 from sr3rt.backends import torch as backend  # noqa: E402
-from sr3rt.backends.torch import program as interpreter  # noqa: E402
-from sr3rt.backends.torch.program import TorchProgram  # noqa: E402
+from sr3rt.backends.torch import TorchProgram  # noqa: E402
 from sr3rt.bundle import PROGRAM, Bundle, write_manifest  # noqa: E402
 from sr3rt.errors import BackendError, BundleCorrupt, MissingExtra  # noqa: E402
 from sr3rt.upscaler import SHIPPED  # noqa: E402
@@ -36,7 +35,7 @@ def on_host(gpu: Made, monkeypatch: pytest.MonkeyPatch) -> Cuda:
     made = gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    monkeypatch.setattr(interpreter, "TorchProgram", lambda *program, device, **rest: TorchProgram(*program, device="cpu", **rest))
+    monkeypatch.setattr(backend, "TorchProgram", lambda *program, device, **rest: TorchProgram(*program, device="cpu", **rest))
     monkeypatch.setattr(backend, "_enqueuer", lambda gpu, stream: partial(made.enqueue, stream.handle))
     monkeypatch.setattr(backend, "_tensor", lambda address, shape, gpu: torch.from_numpy(made.array(address, shape)))
     return made
@@ -141,7 +140,7 @@ def test_without_a_gpu_or_pytorch_the_reason_is_told(monkeypatch: pytest.MonkeyP
     if not cuda.why_not():
         pytest.skip("there is a GPU here")
     assert backends.why_not("torch") == cuda.why_not()
-    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(pytorch, "find_spec", lambda name: None)
     assert backends.why_not("torch") == str(MissingExtra("the torch backend", "torch", "export"))
 
 

@@ -89,7 +89,7 @@ MODULES = {
     "tensorrt": "sr3rt.backends.tensorrt",
     "native": "sr3rt.backends.native",
     "onnxruntime": "sr3rt.backends.onnxruntime",
-    "torch": "sr3rt.backends.torch",
+    "torch": "sr3rt.backends.pytorch",
 }
 """Each module has `load(bundle, request) -> Network`, `why_not() -> str | None`, which says why it cannot run here, and
 `refusal(bundle, request) -> str | None`, which says why it cannot do what is asked with that bundle."""
