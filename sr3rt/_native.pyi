@@ -73,7 +73,10 @@ def instructions() -> str | None:
     """The best instruction set that `Network` can use here in float32: "avx512", "avx2", or None where there is neither."""
 
 def bfloat16() -> str | None:
-    """The instruction set with products of bfloat16, "avx512_bf16", or None where this processor has none."""
+    """The best instruction set with products of bfloat16: "amx_bf16", "avx512_bf16", or None where this processor has neither."""
+
+def has(instructions: str) -> bool:
+    """Whether `Network` can use that here."""
 
 _Linear: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]]  # weight (outputs, inputs), bias (outputs,)
 _Norm: TypeAlias = tuple[int, float, NDArray[np.float32], NDArray[np.float32]]  # groups, eps, weight, bias
@@ -83,8 +86,9 @@ class Network:
     """A network of layers over numbered registers (native/network.hpp), built by `sr3rt.backends.native`; docs/program.md says what
     each layer computes. Every method that adds a layer returns the register that it writes.
 
-    instructions: "auto" (the best in float32), "avx2" or "avx512"; "avx512_bf16", or "avx2_bf16", which computes the same numbers slowly
-    on processors without it: weights, and what they are multiplied by, are rounded to bfloat16, sums and all else are float32. threads:
+    instructions: "auto" (the best in float32), "avx2" or "avx512"; "bf16" (the best in bfloat16), "amx_bf16" or "avx512_bf16", or
+    "avx2_bf16", which computes the latter's numbers slowly on processors without it: weights, and what they are multiplied by, are rounded
+    to bfloat16, sums and all else are float32. threads:
     that a run uses, the caller's among them. Arrays are float32 and C-contiguous; they are copied. Raises ValueError for what does not fit,
     or a processor without those instructions.
     """

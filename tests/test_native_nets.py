@@ -31,9 +31,8 @@ from sr3rt.export.program import describe, dumps  # noqa: E402
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
 ROOT = Path(__file__).resolve().parents[1]
-BF16 = ["avx2_bf16", *filter(None, [_native.bfloat16()])]
-INSTRUCTIONS = ("auto", "avx2", *BF16)
-LIMITS = {"auto": 1e-5, "avx2": 1e-5, "avx2_bf16": 6e-2, "avx512_bf16": 6e-2}
+LIMITS = {"auto": 1e-5, "avx2": 1e-5, "avx2_bf16": 6e-2, "avx512_bf16": 6e-2, "amx_bf16": 2e-2}
+INSTRUCTIONS = tuple(filter(_native.has, LIMITS))
 LEVELS = (0.875, 0.25, 0.0078125)
 """Powers of two, nearly: the paper's networks multiply the level by 5000, and float32 rounds that of others by up to 2e-4."""
 
@@ -90,13 +89,14 @@ def test_threads_and_neighbours_change_no_bit_of_a_network(name: str, instructio
 
 EXACT = ("-std=c++20", "-g0", "-fno-math-errno", "-fno-trapping-math")
 KERNELS = ("avx2", "avx2_bf16", "wide", "wide_bf16", "avx512", "avx512_bf16")
+TILES = ("plain_tiles", "amx_tiles")
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-NOT_THE_NETWORK = {"bindings.cpp", "network_bindings.cpp", "step.cpp", "kernels.cpp"}
+NOT_THE_NETWORK = {"bindings.cpp", "network_bindings.cpp", "step.cpp", "kernels.cpp", "tiles.cpp"}
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with native/fuzz.cpp and native/kernels.cpp; the engine, and what it reads and writes of their memory, under sanitizers."""
+    """A folder with the programs of tests/native; the engine, and what it reads and writes of their memory, under sanitizers."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("there is no C++ compiler here")
@@ -106,8 +106,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     if empty.returncode:
         pytest.skip(f"the C++ compiler has no sanitizers: {empty.stderr.strip().splitlines()[-1]}")
-    kinds = re.findall(r"^ *sr3rt_kernels\((\w+) (\d+) (\d) (\d+) ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
-    assert set(KERNELS) == {name for name, *_ in kinds}
+    build_script = (ROOT / "CMakeLists.txt").read_text()
+    kinds = re.findall(r"^ *sr3rt_kernels\((\w+) (\d+) (\d) (\d+) ([^)]*)\)", build_script, re.MULTILINE)
+    tiles = re.findall(r"^ *sr3rt_tiles\((\w+) ([^)]*)\)", build_script, re.MULTILINE)
+    assert (set(KERNELS), set(TILES)) == ({name for name, *_ in kinds}, {name for name, _ in tiles})
     units: dict[str, list[str | Path]] = {
         path.stem: [*SANITIZED, path] for path in source.glob("*.cpp") if path.name not in NOT_THE_NETWORK
     }
@@ -116,6 +118,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, lanes, word, rows, flags in kinds:
         constants = [f"-DSR3_LANES={lanes}", f"-DSR3_WORD={word}", f"-DSR3_ROWS={rows}", f"-DSR3_KERNELS={name}", f'-DSR3_NAME="{name}"']
         units[name] = [*SANITIZED, "-ffp-contract=fast", *flags.split(), *constants, source / "kernels.cpp"]
+    units |= {name: [*SANITIZED, "-O3", *flags.split(), f"-DSR3_TILES={name}", source / "tiles.cpp"] for name, flags in tiles}
+    units["dispatch"] += ["-DSR3_AMX"]
 
     def build(unit: str) -> None:
         subprocess.run([compiler, *EXACT, *units[unit], "-c", "-o", folder / f"{unit}.o"], check=True)
@@ -138,11 +142,20 @@ def test_every_kernel_is_right_alone(programs: Path, kernels: str) -> None:
     assert len(done.stdout.splitlines()) == 13
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("tiles", ["plain", "amx"])
+def test_tiles_are_right_alone(programs: Path, tiles: str) -> None:
+    done = subprocess.run([programs / "tiles", "check", tiles], capture_output=True, text=True, check=False, timeout=60)
+    if tiles == "amx" and done.returncode == 65:
+        pytest.skip("this processor has no AMX")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize("kernels", [*KERNELS, "wide_amx", "amx_bf16"])
 def test_random_networks_are_computed_without_a_stray_access(programs: Path, kernels: str) -> None:
-    """`wide`: vectors as long as those of AVX-512, on any processor with AVX2."""
+    """`wide`: vectors as long as those of AVX-512, and its tiles, on any processor with AVX2."""
     done = subprocess.run([programs / "fuzz", "40", "1", kernels], capture_output=True, text=True, check=False, timeout=300)
-    if kernels.startswith("avx512") and done.returncode == 2:
+    if kernels.startswith(("avx512", "amx")) and done.returncode == 2:
         pytest.skip(f"this processor has no {kernels}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kernels}: 0 of 40 networks wrong" in done.stdout

@@ -40,7 +40,7 @@ def load(bundle: Bundle, request: Request) -> NativeNetwork:
     chosen = request.precision
     if chosen == "auto":
         chosen = "bf16" if _native.bfloat16() and holds_bf16(bundle.manifest) else "fp32"
-    return _network(bundle, request, "auto" if chosen == "fp32" else "avx512_bf16")
+    return _network(bundle, request, "auto" if chosen == "fp32" else "bf16")
 
 
 def holds_bf16(manifest: Manifest) -> bool:
@@ -58,9 +58,9 @@ def _within(figure: Any) -> bool:
 def in_bf16(bundle: Bundle, request: Request) -> NativeNetwork:
     """The network in bfloat16 on any processor with AVX2, slowly on those without instructions for it: for the exporter to measure.
 
-    Raises as `load`.
+    Rounded as coarsely as anywhere: a processor with tiles (AMX) would sum without Winograd's transforms. Raises as `load`.
     """
-    return _network(bundle, request, _native.bfloat16() or "avx2_bf16")
+    return _network(bundle, request, "avx512_bf16" if _native.has("avx512_bf16") else "avx2_bf16")
 
 
 def _network(bundle: Bundle, request: Request, instructions: str) -> NativeNetwork:

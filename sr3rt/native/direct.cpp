@@ -149,8 +149,12 @@ class Direct final : public Convolution {
 std::unique_ptr<Layer> winograd(const Kernels&, const std::vector<Register>&, ConvolutionOptions, const float* weight,
                                 std::size_t outputs, std::vector<float> bias);
 
+std::unique_ptr<Layer> tiled(const Kernels&, const std::vector<Register>&, ConvolutionOptions, const float* weight, std::size_t outputs,
+                             int side, std::vector<float> bias);
+
 std::unique_ptr<Layer> convolution(const Kernels& kernels, const std::vector<Register>& registers, ConvolutionOptions options,
                                    const float* weight, std::size_t outputs, int side, std::vector<float> bias) {
+    if (kernels.tiles != nullptr) return tiled(kernels, registers, std::move(options), weight, outputs, side, std::move(bias));
     if (side == 3 && options.stride == 1) return winograd(kernels, registers, std::move(options), weight, outputs, std::move(bias));
     return std::make_unique<Direct>(kernels, registers, std::move(options), weight, outputs, side, std::move(bias));
 }

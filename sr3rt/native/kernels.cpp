@@ -266,18 +266,25 @@ void transform_output(const float* points, std::size_t plane, std::size_t tile_r
     });
 }
 
+// Up to Sums::MOST pixels of a row from `first` on, that many known to the compiler as a rule.
+template <class Finish, class Size>
+[[gnu::noinline]] void finish_pixels(const Finish& finish, const float* from, int first, Size count, int half) {
+    const Epilogue& end = finish.end;
+    Sums sums;
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i)
+        sums.add(finish(load(from + (first + i) * PANEL + half * LANES), (first + i) * end.pixel_stride, half));
+    if (end.sums != nullptr) sums.add_to(end.sums + half * LANES, end.sums + half * LANES + end.sums_stride);
+}
+
 void finish_row(const float* from, int pixels, const Epilogue& end) {
     finishing(end, [&](const auto& finish) {
-        for (int half = 0; half < end.vectors; ++half) {
-            Sums sums;
-            for (int x = 0; x < pixels; ++x) {
-                const Vec v = finish(load(from + x * PANEL + half * LANES), x * end.pixel_stride, half);
-                if (end.sums == nullptr) continue;
-                sums.add(v);
-                if (sums.count() == Sums::MOST || x + 1 == pixels)
-                    sums.add_to(end.sums + half * LANES, end.sums + half * LANES + end.sums_stride);
+        constexpr std::integral_constant<int, Sums::MOST> whole;
+        for (int half = 0; half < end.vectors; ++half)
+            for (int first = 0; first < pixels; first += Sums::MOST) {
+                const int some = std::min(Sums::MOST, pixels - first);
+                some == Sums::MOST ? finish_pixels(finish, from, first, whole, half) : finish_pixels(finish, from, first, some, half);
             }
-        }
     });
 }
 

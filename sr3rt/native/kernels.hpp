@@ -61,6 +61,8 @@ struct Epilogue {
     std::size_t unit_stride;               // between the units of two rows of tiles
 };
 
+struct Tiles;
+
 struct Kernels {
     const char* name;
     int lanes;  // floats in a vector; a panel is two of them
@@ -105,10 +107,13 @@ struct Kernels {
     void (*add_scaled)(float* y, const float* x, float factor, std::size_t count);
 
     void (*silu)(float* values, std::size_t count);
+
+    const Tiles* tiles = nullptr;  // what convolutions multiply with (tiles.hpp), in bfloat16; null: with the above
 };
 
-// Of the instruction set asked for; null where this processor has it not. "auto": the best of float32, "avx512" or "avx2". Words of bfloat16
-// have "avx512_bf16", and "avx2_bf16": the same numbers without instructions for them, slowly, to see what they will be elsewhere.
+// Of the instruction set asked for; null where this processor has it not. "auto": the best of float32, "avx512" or "avx2". "bf16": the best
+// of bfloat16, "amx_bf16" or "avx512_bf16". "avx2_bf16" has the numbers of the latter without instructions for them, slowly, to see what they
+// will be elsewhere.
 const Kernels* kernels(const char* name);
 
 }  // namespace sr3

@@ -102,14 +102,13 @@ void run(sr3::Network& self, const Array& x, const Array& y, const Array& level,
 
 void bind_network(nb::module_& module) {
     nb::set_leak_warnings(false);  // the models that `sr3rt.upscale` keeps are there when the interpreter ends
-    module.def("instructions", []() -> std::optional<std::string> {
-        const sr3::Kernels* best = sr3::kernels("auto");
-        return best == nullptr ? std::nullopt : std::optional<std::string>(best->name);
-    });
-    module.def("bfloat16", []() -> std::optional<std::string> {
-        const sr3::Kernels* found = sr3::kernels("avx512_bf16");
+    const auto name_of = [](const char* wanted) -> std::optional<std::string> {
+        const sr3::Kernels* found = sr3::kernels(wanted);
         return found == nullptr ? std::nullopt : std::optional<std::string>(found->name);
-    });
+    };
+    module.def("instructions", [name_of] { return name_of("auto"); });
+    module.def("bfloat16", [name_of] { return name_of("bf16"); });
+    module.def("has", [](const std::string& instructions) { return sr3::kernels(instructions.c_str()) != nullptr; }, "instructions"_a);
     nb::class_<sr3::Network>(module, "Network")
         .def("__init__", &build, "instructions"_a, "threads"_a, "channels"_a, "level"_a)
         .def("joined_planes", &sr3::Network::joined_planes)

@@ -171,7 +171,6 @@ class Sums {
         const int turn = count_++ % 4;
         sum_[turn] += v, squares_[turn] += d * d;
     }
-    int count() const { return count_; }
 
     // Adds to the sums and the squares of LANES channels, and begins again.
     void add_to(double* sums, double* squares) {

@@ -1,5 +1,5 @@
 // Random small networks against the same in float64, written as plainly as can be: `fuzz CASES SEED [KERNELS]`, kernels as in kernels.hpp or
-// wide or wide_bf16. Prints a line for every network that differs by more than rounding, then how many there were; the exit status is theirs.
+// wide, wide_bf16 or wide_amx. Prints a line for every network that differs by more than rounding, then how many there were; the exit status is theirs.
 
 #include <algorithm>
 #include <cmath>
@@ -11,9 +11,11 @@
 #include <vector>
 
 #include "network.hpp"
+#include "tiles.hpp"
 
 namespace sr3 {
 extern const Kernels wide, wide_bf16;  // the code of AVX-512's vectors, compiled for AVX2
+extern const Tiles plain_tiles;        // the code of AMX's tiles, compiled for any processor
 }
 
 namespace {
@@ -291,12 +293,17 @@ class Case {
 int main(int argc, char** argv) {
     if (argc < 3) return std::fprintf(stderr, "usage: fuzz CASES SEED KERNELS\n"), 2;
     const std::string name = argc > 3 ? argv[3] : "auto";
-    const sr3::Kernels* kernels = name == "wide" ? &sr3::wide : name == "wide_bf16" ? &sr3::wide_bf16 : sr3::kernels(name.c_str());
+    sr3::Kernels wide_amx = sr3::wide;
+    wide_amx.name = "wide_amx", wide_amx.tiles = &sr3::plain_tiles;
+    const sr3::Kernels* kernels = name == "wide"        ? &sr3::wide
+                                  : name == "wide_bf16" ? &sr3::wide_bf16
+                                  : name == "wide_amx"  ? &wide_amx
+                                                        : sr3::kernels(name.c_str());
     if (kernels == nullptr) return std::fprintf(stderr, "this processor has not what was asked for\n"), 2;
     const int cases = std::atoi(argv[1]), seed = std::atoi(argv[2]);
     int wrong = 0;
     double worst = 0;
-    const double limit = kernels->word == 1 ? 1e-4 : 0.1;  // what is in the wrong place is wrong by its whole size
+    const double limit = kernels->word == 1 && kernels->tiles == nullptr ? 1e-4 : 0.1;  // what is in the wrong place is wrong by its whole size
     for (int i = 0; i < cases; ++i) {
         generator.seed(std::uint64_t(seed) << 32 | unsigned(i));
         Case one(*kernels, i);
