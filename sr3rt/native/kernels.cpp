@@ -180,7 +180,7 @@ void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a
     const std::size_t parts = (rows + SR3_ROWS - 1) / SR3_ROWS;  // of nearly one height: a low block leaves units idle
     for (std::size_t part = 0, row = 0; part < parts; ++part) {
         const std::size_t end = rows * (part + 1) / parts;
-        blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, next, m + row * m_stride, m_stride, accumulate);
+        blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, next + part * depth * PANEL / 4, m + row * m_stride, m_stride, accumulate);
         row = end;
     }
 }

@@ -84,8 +84,8 @@ struct Kernels {
     void (*transform_input)(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
                             std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride);
 
-    // m[row][panel] (+)= a[row][depth] · b[depth][panel], a and b in words. Strides in words. `next`: what will be read later from main
-    // memory, any address: depth·panel/4 floats of it are brought into the second-level cache meanwhile.
+    // m[row][panel] (+)= a[row][depth] · b[depth][panel], a and b in words. Strides in words. `next`: what will be read later from far
+    // away, any address: of it are brought into the second-level cache meanwhile depth·panel/4 floats for each block of rows.
     void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
                      const float* next, float* m, std::size_t m_stride, bool accumulate);
 

@@ -89,8 +89,8 @@ class Winograd final : public Convolution {
             const float* weights = kept_ ? weights_.get() + panel * POINTS * weights_plane() + first * panel_ : transformed;
             for (int point = 0; point < POINTS; ++point) {
                 const float* here = weights + point * weights_plane();
-                // While it multiplies, the weights that it transforms next come near: a 36th at each point.
-                const float* next = kept_ ? here : packed(first + depth) + point * depth * panel_ / 4;
+                // While it multiplies, weights come near: the next point's, or a 36th of those that it transforms next.
+                const float* next = kept_ ? here + weights_plane() : packed(first + depth) + point * depth * panel_ / 4;
                 run.kernels.multiply(count, depth, points + points_at(first, plane) + point * plane, depth_, here, panel_, next,
                                      sums + point * sums_plane(count), panel_, first > 0);
             }
