@@ -11,7 +11,8 @@ namespace sr3 {
 namespace {
 
 constexpr int BLOCK_ROWS = 16, BLOCK_COLUMNS = 32;  // pixels of a piece of work at most
-constexpr int FILLED_ROWS = 4;                      // that are made at a time, before they are rounded
+constexpr int FILLED_ROWS = 2;                      // that are made at a time, before they are rounded
+constexpr int ROWS_TOGETHER = 3;                    // of a small picture's input, made as a piece of work
 constexpr std::size_t SMALL = 1024;                 // pixels of a picture up to which panels, not places, are shared out
 constexpr std::size_t STRIP = 768 * 1024;           // bytes of a block's, about: it stays in the second-level cache
 
@@ -85,7 +86,7 @@ class Tiled final : public Convolution {
 
     // In floats.
     std::size_t strip_size(const Cut& cut, std::size_t pictures) const { return chunks_ * plane(cut, pictures) / sizeof(float); }
-    std::size_t filled_size(const Cut& cut) const { return static_cast<std::size_t>(FILLED_ROWS) * read(cut.columns) * TILE_DEPTH; }
+    std::size_t filled_size(const Cut& cut) const { return static_cast<std::size_t>(FILLED_ROWS) * read(cut.columns) * inputs_; }
     static std::size_t sums_size(const Layout& layout) { return layout.tiles.size() * TILE_ROWS * TILE_PANEL; }
 
     // The largest block whose strip stays near.
@@ -127,25 +128,25 @@ class Tiled final : public Convolution {
         return out;
     }
 
-    // A chunk of the input's rows × columns pixels from (top, left) on.
-    void fill(const Run& run, const Input& in, int top, int left, int rows, int columns, std::size_t chunk, std::byte* lines,
+    // Rows of the input's pixels from (top, left) on. Two at a time that are made of the same, where pixels are doubled.
+    void fill(const Run& run, const Input& in, int top, int left, int rows, int columns, std::byte* lines, std::size_t plane,
               float* filled) const {
-        const std::size_t first = chunk * TILE_DEPTH, last = std::min(inputs_, first + TILE_DEPTH);
-        for (int row = 0; row < rows; row += FILLED_ROWS) {
-            const int some = std::min(FILLED_ROWS, rows - row);
-            run.kernels.fill(in, top + row, left, some, columns, first, last, filled);
-            tiles_.round_pixels(filled, static_cast<std::size_t>(some) * columns, last - first, lines);
+        for (int row = 0, some = 0; row < rows; row += some) {
+            some = std::min(FILLED_ROWS - ((top + row) & 1), rows - row);
+            run.kernels.fill(in, top + row, left, some, columns, 0, inputs_, filled);
+            tiles_.round_pixels(filled, static_cast<std::size_t>(some) * columns, inputs_, lines, plane);
             lines += static_cast<std::size_t>(some) * columns * TILE_LINE;
         }
     }
 
-    // A panel's sums.
-    void multiply(const Layout& layout, int wide, std::size_t panel, const std::byte* strip, std::size_t plane, float* sums) const {
+    // A panel's sums, of pixels that `end` will finish.
+    void multiply(const Layout& layout, int wide, std::size_t panel, const std::byte* strip, std::size_t plane, float* sums,
+                  const Epilogue& end, int rows, int columns) const {
         std::size_t taps[9];
         for (std::size_t tap = 0; tap < taps_; ++tap) taps[tap] = tap / side_ * wide + tap % side_;
-        const int halves = static_cast<int>(std::min<std::size_t>(2, (padded_ - panel * TILE_PANEL) / lanes_));
+        const Ahead ahead{end.out, end.add, static_cast<std::size_t>(rows), static_cast<std::size_t>(columns), end.row_stride, end.pixel_stride};
         tiles_.multiply({strip, plane, layout.tiles.data(), layout.tiles.size(), static_cast<std::size_t>(options_.stride), taps, taps_, chunks_,
-                         bytes(weights_.get()) + panel * chunks_ * taps_ * TILE_MATRIX, halves, sums});
+                         bytes(weights_.get()) + panel * chunks_ * taps_ * TILE_MATRIX, end.vectors, sums, ahead});
     }
 
     void run_blocks(const Run& run) const {
@@ -166,21 +167,25 @@ class Tiled final : public Convolution {
         const Input in = input(run, picture, run.shared);
         std::byte* strip = bytes(own);
         float* sums = own + strip_size(cut, 1);  // before there are any, filled rows
-        for (std::size_t chunk = 0; chunk < chunks_; ++chunk)
-            fill(run, in, row * options_.stride - edge, column * options_.stride - edge, read(cut.rows), wide, chunk, strip + chunk * plane, sums);
+        fill(run, in, row * options_.stride - edge, column * options_.stride - edge, read(cut.rows), wide, strip, plane, sums);
         for (std::size_t panel = 0; panel < panels(); ++panel) {
-            multiply(layout, wide, panel, strip, plane, sums);
-            write(run, picture, panel, unit, row, column, cut, sums, layout.pitch);
+            const Epilogue end = epilogue(run, picture, panel, unit, row, column);
+            multiply(layout, wide, panel, strip, plane, sums, end, cut.rows, cut.columns);
+            write(run, end, cut, sums, layout.pitch);
         }
     }
 
-    void write(const Run& run, std::size_t picture, std::size_t panel, std::size_t unit, int row, int column, const Cut& cut,
-               const float* sums, std::size_t pitch) const {
-        Epilogue end = epilogue(run, picture, panel);
+    // For the panel's channels from (row, column) on.
+    Epilogue epilogue(const Run& run, std::size_t picture, std::size_t panel, std::size_t unit, int row, int column) const {
+        Epilogue end = Convolution::epilogue(run, picture, panel);
         const std::size_t at = row * end.row_stride + column * end.pixel_stride;
         end.out += at;
         if (end.add != nullptr) end.add += at;
         if (end.sums != nullptr) end.sums += unit * 2 * run.views[to].padded;
+        return end;
+    }
+
+    static void write(const Run& run, Epilogue end, const Cut& cut, const float* sums, std::size_t pitch) {
         for (int y = 0; y < cut.rows; ++y, sums += pitch * TILE_PANEL) {
             run.kernels.finish_row(sums, cut.columns, end);
             end.out += end.row_stride;
@@ -194,10 +199,14 @@ class Tiled final : public Convolution {
         const int edge = side_ / 2, wide = read(cut.columns);
         const std::size_t plane = this->plane(cut, pictures);
         std::byte* strip = bytes(run.shared + rounded_up(norms_size(run.planar.count), 16));
-        run.pool.run(pictures * chunks_, [&](std::size_t piece, unsigned thread) {
-            const std::size_t picture = piece / chunks_, chunk = piece % chunks_;
-            fill(run, input(run, first + picture, run.shared), -edge, -edge, read(cut.rows), wide, chunk,
-                 strip + chunk * plane + picture * pixels(cut) * TILE_LINE, run.own + thread * run.own_size);
+        const int high = read(cut.rows);
+        const std::size_t pieces = (high + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
+        run.pool.run(pictures * pieces, [&](std::size_t piece, unsigned thread) {
+            const std::size_t picture = piece / pieces;
+            const int row = static_cast<int>(piece % pieces) * ROWS_TOGETHER;
+            std::byte* lines = strip + (picture * pixels(cut) + static_cast<std::size_t>(row) * wide) * TILE_LINE;
+            fill(run, input(run, first + picture, run.shared), row - edge, -edge, std::min(ROWS_TOGETHER, high - row), wide, lines, plane,
+                 run.own + thread * run.own_size);
         });
         const Layout one = layout(cut);
         Layout all{{}, one.pitch};
@@ -205,9 +214,10 @@ class Tiled final : public Convolution {
             for (const std::size_t tile : one.tiles) all.tiles.push_back(picture * pixels(cut) + tile);
         run.pool.run(panels(), [&](std::size_t panel, unsigned thread) {
             float* sums = run.own + thread * run.own_size;
-            multiply(all, wide, panel, strip, plane, sums);
+            const int rows = static_cast<int>(pictures) * cut.rows;  // a picture's follow those of the one before
+            multiply(all, wide, panel, strip, plane, sums, epilogue(run, first, panel, 0, 0, 0), rows, cut.columns);
             for (std::size_t picture = 0; picture < pictures; ++picture)
-                write(run, first + picture, panel, 0, 0, 0, cut, sums + picture * sums_size(one), one.pitch);
+                write(run, epilogue(run, first + picture, panel, 0, 0, 0), cut, sums + picture * sums_size(one), one.pitch);
         });
     }
 

@@ -103,9 +103,13 @@ inline void store_in_turns(std::byte* to, const float* first, const float* secon
 }
 #endif
 
-void round_pixels(const float* rows, std::size_t pixels, std::size_t channels, std::byte* lines) {
+void round_pixels(const float* values, std::size_t pixels, std::size_t channels, std::byte* lines, std::size_t plane) {
     alignas(64) static constexpr float none[LANES] = {};
-    for (std::size_t i = 0; i < pixels; ++i, rows += channels) store_rounded(lines + i * TILE_LINE, rows, channels > LANES ? rows + LANES : none);
+    for (std::size_t i = 0; i < pixels; ++i, values += channels, lines += TILE_LINE)
+        for (std::size_t channel = 0; channel < channels; channel += TILE_DEPTH) {
+            const float* second = channel + LANES < channels ? values + channel + LANES : none;
+            store_rounded(lines + channel / TILE_DEPTH * plane, values + channel, second);
+        }
 }
 
 void round_weights(const float* matrices, std::size_t count, std::byte* weights) {
@@ -148,8 +152,27 @@ struct Block {
     }
 };
 
+// Fetches what is ahead, a few pixels at each of `steps`: memory has time while tiles multiply, and none when sums are finished.
+class Fetch {
+   public:
+    Fetch(const Ahead& ahead, std::size_t steps) : ahead_(ahead), pixels_((ahead.rows * ahead.columns + steps - 1) / steps) {}
+
+    void step() {
+        for (std::size_t i = 0; i < pixels_ && row_ < ahead_.rows; ++i) {
+            const std::size_t at = row_ * ahead_.row_stride + column_ * ahead_.pixel_stride;
+            __builtin_prefetch(ahead_.out + at, 1, 2), __builtin_prefetch(ahead_.out + at + LANES, 1, 2);
+            if (ahead_.add != nullptr) __builtin_prefetch(ahead_.add + at, 0, 2), __builtin_prefetch(ahead_.add + at + LANES, 0, 2);
+            if (++column_ == ahead_.columns) column_ = 0, ++row_;
+        }
+    }
+
+   private:
+    const Ahead ahead_;
+    std::size_t pixels_, row_ = 0, column_ = 0;
+};
+
 template <bool two, bool both>
-void multiply_block(const TileProduct& p, std::size_t at) {
+void multiply_block(const TileProduct& p, std::size_t at, Fetch& fetch) {
     using Block = Block<two, both>;
     const std::byte *first = p.strip + p.tiles[at] * TILE_LINE, *second = p.strip + p.tiles[two ? at + 1 : at] * TILE_LINE;
     const std::byte* weights = p.weights;
@@ -160,15 +183,17 @@ void multiply_block(const TileProduct& p, std::size_t at) {
             Block::pixels(first + further, second + further, p.step * TILE_LINE);
             Block::weights(weights);
             Block::multiply();
+            fetch.step();
         }
     Block::store(p.sums + at * TILE_ROWS * TILE_PANEL);
 }
 
 template <bool both>
 void multiply_all(const TileProduct& p) {
+    Fetch fetch(p.ahead, (p.count + 1) / 2 * p.chunks * p.tap_count);
     std::size_t at = 0;
-    for (; at + 1 < p.count; at += 2) multiply_block<true, both>(p, at);
-    if (at < p.count) multiply_block<false, both>(p, at);
+    for (; at + 1 < p.count; at += 2) multiply_block<true, both>(p, at, fetch);
+    if (at < p.count) multiply_block<false, both>(p, at, fetch);
 }
 
 void multiply(const TileProduct& p) {

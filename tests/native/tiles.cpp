@@ -60,13 +60,14 @@ void say(const char* name, double off, double limit) {
 void check_rounding(const Tiles& tiles) {
     double off = 0;
     const auto compare = [&](float exact, float found) { off = std::max(off, double(std::abs(found - exact)) - std::abs(exact) / 256.0); };
-    for (const std::size_t channels : {16, 32}) {
-        const std::size_t pixels = 7;
-        const std::vector<float> rows = normals(pixels * channels, false);
-        Bytes lines(pixels * TILE_LINE);
-        tiles.round_pixels(rows.data(), pixels, channels, lines.data.get());
+    for (const std::size_t channels : {16, 32, 48}) {
+        const std::size_t pixels = 7, padded = rounded_up(channels, TILE_DEPTH);
+        const std::vector<float> values = normals(pixels * channels, false);
+        Bytes lines(pixels * padded * 2);
+        tiles.round_pixels(values.data(), pixels, channels, lines.data.get(), pixels * TILE_LINE);
         for (std::size_t i = 0; i < pixels; ++i)
-            for (std::size_t c = 0; c < TILE_DEPTH; ++c) compare(c < channels ? rows[i * channels + c] : 0, lines.operand(i * TILE_DEPTH + c));
+            for (std::size_t c = 0; c < padded; ++c)
+                compare(c < channels ? values[i * channels + c] : 0, lines.operand((c / TILE_DEPTH * pixels + i) * TILE_DEPTH + c % TILE_DEPTH));
     }
     say("round_pixels", off, 0);
     const std::size_t count = 2;
@@ -91,11 +92,12 @@ double product_error(const Tiles& tiles, std::size_t count, int halves, std::siz
     Bytes strip(chunks * plane), weights(chunks * tap_count * TILE_MATRIX);
     const std::vector<float> inputs = normals(chunks * pixels * TILE_DEPTH, true);
     const std::vector<float> matrices = normals(chunks * tap_count * TILE_DEPTH * TILE_PANEL, true);
-    tiles.round_pixels(inputs.data(), chunks * pixels, TILE_DEPTH, strip.data.get());
+    tiles.round_pixels(inputs.data(), chunks * pixels, TILE_DEPTH, strip.data.get(), 0);
     tiles.round_weights(matrices.data(), chunks * tap_count, weights.data.get());
     Bytes memory(count * TILE_ROWS * TILE_PANEL * sizeof(float));
     float* sums = reinterpret_cast<float*>(memory.data.get());
-    tiles.multiply({strip.data.get(), plane, first.data(), count, step, taps.data(), tap_count, chunks, weights.data.get(), halves, sums});
+    tiles.multiply({strip.data.get(), plane, first.data(), count, step, taps.data(), tap_count, chunks, weights.data.get(), halves, sums,
+                    {sums, sums, 2, 8, 16, 32}});  // any place will do
     double most = 0, off = 0;
     for (std::size_t row = 0; row < count * TILE_ROWS; ++row)
         for (std::size_t c = 0; c < 16u * halves; ++c) {
@@ -146,13 +148,13 @@ void time(const Tiles& tiles, double budget) {
     const std::size_t chunks = 4, wide = 34, pixels = 18 * wide, plane = (pixels + 33) * TILE_LINE, count = 32;
     Bytes strip(chunks * plane), weights(chunks * 9 * TILE_MATRIX), memory(count * TILE_ROWS * TILE_PANEL * sizeof(float));
     const std::vector<float> inputs = normals(chunks * plane / 2, true), matrices = normals(chunks * 9 * TILE_DEPTH * TILE_PANEL, true);
-    tiles.round_pixels(inputs.data(), chunks * plane / TILE_LINE, TILE_DEPTH, strip.data.get());
+    tiles.round_pixels(inputs.data(), chunks * plane / TILE_LINE, TILE_DEPTH, strip.data.get(), 0);
     tiles.round_weights(matrices.data(), chunks * 9, weights.data.get());
     std::vector<std::size_t> first, taps;
     for (std::size_t i = 0; i < count; ++i) first.push_back(i / 2 * wide + i % 2 * TILE_ROWS);
     for (std::size_t tap = 0; tap < 9; ++tap) taps.push_back(tap / 3 * wide + tap % 3);
     const TileProduct product{strip.data.get(), plane, first.data(), count, 1, taps.data(), 9, chunks, weights.data.get(), 2,
-                              reinterpret_cast<float*>(memory.data.get())};
+                              reinterpret_cast<float*>(memory.data.get()), {}};
     std::vector<double> seconds[3];
     const auto stop = Clock::now() + std::chrono::duration<double>(budget);
     const auto timed = [&](int which, const auto& body) {
@@ -163,7 +165,7 @@ void time(const Tiles& tiles, double budget) {
     while (Clock::now() < stop || seconds[0].size() < 5) {
         timed(0, [&] { peak(500); });
         timed(1, [&] { tiles.multiply(product); });
-        timed(2, [&] { tiles.round_pixels(inputs.data(), pixels * chunks, TILE_DEPTH, strip.data.get()); });
+        timed(2, [&] { tiles.round_pixels(inputs.data(), pixels * chunks, TILE_DEPTH, strip.data.get(), 0); });
     }
     const auto median = [](std::vector<double>& values) {
         std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
