@@ -89,7 +89,7 @@ struct Kernels {
     void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
                      const float* next, float* m, std::size_t m_stride, bool accumulate);
 
-    // The same of float32; the last row of b may be read `panel` long.
+    // The same of float32.
     void (*multiply_floats)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b,
                             std::size_t b_stride, const float* next, float* m, std::size_t m_stride, bool accumulate);
 
