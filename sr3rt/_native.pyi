@@ -86,11 +86,11 @@ class Network:
     """A network of layers over numbered registers (native/network.hpp), built by `sr3rt.backends.native`; docs/program.md says what
     each layer computes. Every method that adds a layer returns the register that it writes.
 
-    instructions: "auto" (the best in float32), "avx2" or "avx512"; "bf16" (the best in bfloat16), "amx_bf16" or "avx512_bf16", or
-    "avx2_bf16", which computes the latter's numbers slowly on processors without it: weights, and what they are multiplied by, are rounded
-    to bfloat16, sums and all else are float32. threads:
-    that a run uses, the caller's among them. Arrays are float32 and C-contiguous; they are copied. Raises ValueError for what does not fit,
-    or a processor without those instructions.
+    instructions: "auto" (the best in float32), "avx2" or "avx512"; "bf16" (the best in bfloat16), "quick_bf16" (that, where it is
+    faster than float32), "amx_bf16" or "avx512_bf16", or "avx2_bf16", which computes the latter's numbers slowly on processors without
+    it: weights, and what they are multiplied by, are rounded to bfloat16, sums and all else are float32. threads: that a run uses, the
+    caller's among them. Arrays are float32 and C-contiguous; they are copied. Raises ValueError for what does not fit, or a processor
+    without those instructions.
     """
 
     def __init__(self, instructions: str, threads: int, channels: int, level: _Level) -> None: ...

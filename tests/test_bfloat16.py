@@ -44,9 +44,9 @@ def test_auto_takes_bfloat16_where_the_bundles_figures_are_within_their_limits(
     bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, parity: dict[str, Any], taken: str
 ) -> None:
     made = bundle(program(convolution()), parity=parity)
-    if _native.bfloat16():
+    if _native.has("quick_bf16"):
         assert backends.load(made, Request()).precision == taken
-    monkeypatch.setattr(_native, "bfloat16", lambda: None)
+    monkeypatch.setattr(_native, "has", lambda instructions: False)
     assert backends.load(made, Request()).precision == "fp32"
 
 

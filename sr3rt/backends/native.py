@@ -39,7 +39,7 @@ def load(bundle: Bundle, request: Request) -> NativeNetwork:
         raise BackendError(reason)
     chosen = request.precision
     if chosen == "auto":
-        chosen = "bf16" if _native.bfloat16() and holds_bf16(bundle.manifest) else "fp32"
+        chosen = "bf16" if _native.has("quick_bf16") and holds_bf16(bundle.manifest) else "fp32"
     return _network(bundle, request, "auto" if chosen == "fp32" else "bf16")
 
 

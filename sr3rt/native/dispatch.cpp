@@ -49,15 +49,16 @@ const Kernels* kernels(const char* name) {
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
-    const bool best = is("auto");
+    const bool best = is("auto"), bf16 = is("bf16") || is("quick_bf16");
 #ifdef SR3_AMX
-    if (has_bf16 && (is("bf16") || is("amx_bf16"))) {
+    if (has_bf16 && (bf16 || is("amx_bf16"))) {
         static const bool has_tiles = may_use_tiles();
         static const Kernels amx_bf16 = with_tiles(avx512, amx_tiles, "amx_bf16");
         if (has_tiles) return &amx_bf16;
     }
 #endif
-    if (has_bf16 && (is("bf16") || is("avx512_bf16"))) return &avx512_bf16;
+    const bool slow = is("quick_bf16") && __builtin_cpu_is("intel");  // which has one such product for four multiply-adds
+    if (has_bf16 && !slow && (bf16 || is("avx512_bf16"))) return &avx512_bf16;
     if (has_avx2 && is("avx2_bf16")) return &avx2_bf16;
     if (has_avx512 && (best || is("avx512"))) return &avx512;
     if (has_avx2 && (best || is("avx2"))) return &avx2;

@@ -112,7 +112,7 @@ struct Kernels {
 };
 
 // Of the instruction set asked for; null where this processor has it not. "auto": the best of float32, "avx512" or "avx2". "bf16": the best
-// of bfloat16, "amx_bf16" or "avx512_bf16". "avx2_bf16" has the numbers of the latter without instructions for them, slowly, to see what they
+// of bfloat16, "amx_bf16" or "avx512_bf16"; "quick_bf16": that, where it is faster than float32. "avx2_bf16" has the numbers of the latter without instructions for them, slowly, to see what they
 // will be elsewhere.
 const Kernels* kernels(const char* name);
 

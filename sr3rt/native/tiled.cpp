@@ -41,7 +41,8 @@ class Tiled final : public Convolution {
         const Cut cut = small ? Cut{height, width} : this->cut();
         const std::size_t together = small ? std::min(count, at_once(height, width)) : 1;
         const std::size_t norms = rounded_up(norms_size(count), 16), strip = strip_size(cut, together);
-        const std::size_t own = std::max(sums_size(layout(cut)) * together, filled_size(cut));
+        const std::size_t sums = small ? sums_size(layout(cut)) * together : std::max(sums_size(layout(cut)), sums_size(layout(widest_odd())));
+        const std::size_t own = std::max(sums, filled_size(cut));
         return small ? Scratch{norms + strip, own} : Scratch{norms, strip + own};
     }
 
@@ -95,6 +96,9 @@ class Tiled final : public Convolution {
         while (cut.rows > 4 && chunks_ * pixels(cut) * TILE_LINE > STRIP) cut.rows /= 2;
         return cut;
     }
+
+    // The block at a picture's edge whose tiles, running on from row to row, are the most.
+    Cut widest_odd() const { return {cut().rows, BLOCK_COLUMNS - 1}; }
 
     std::size_t units_of(int height, int width) const {
         const Cut cut = this->cut();
