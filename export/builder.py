@@ -6,6 +6,8 @@ TensorRT wants one logger and one builder in a process.
 from __future__ import annotations
 
 import functools
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,8 @@ def build(
 ) -> bytes:
     """A serialised engine for exactly this shape. model: an ONNX file's bytes, or its path where weights lie beside it.
 
-    tf32: whether float32 products may be rounded to TF32. timing_cache: read where it exists, and written.
-    Raises BackendError with what TensorRT said.
+    tf32: whether float32 products may be rounded to TF32. timing_cache: read where it exists, and written. A warning where that
+    fails, or where it would do nothing. Raises BackendError with what TensorRT said.
     """
     trt, logger, log = module()
     log.lines.clear()
@@ -58,14 +60,28 @@ def build(
         config.clear_flag(trt.BuilderFlag.TF32)
     if opt_level is not None:
         config.builder_optimization_level = opt_level
+    if timing_cache is not None and flavour() == "tensorrt_rtx":  # whose calls for it would need a GPU, and do nothing
+        warnings.warn("TensorRT for RTX measures nothing when it builds: the timing cache is neither read nor written", stacklevel=2)
+        timing_cache = None
     if timing_cache is not None:
         config.set_timing_cache(config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b""), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BackendError(f"{flavour()} {version()} cannot build the engine {batch}×{height}×{width}: {log.taken()}")
     if timing_cache is not None:
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        _keep(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
+
+
+def _keep(path: Path, cache: bytes) -> None:
+    """Replaces the file. That it cannot be costs the next build time, not this one its engine: a warning."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(cache)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        warnings.warn(f"the timing cache {path} was not written ({error.strerror}): the next build measures again", stacklevel=3)
 
 
 @functools.cache

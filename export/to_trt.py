@@ -77,7 +77,7 @@ def to_trt(
     opt_level
         TensorRT's builder optimisation level, 0 to 5.
     timing_cache
-        TensorRT's timing cache, a file to read where it exists and to write.
+        TensorRT's timing cache, a file to read where it exists and to write; TensorRT for RTX has none.
     config
         For a checkpoint: the JSON that it was trained with.
     norm_groups

@@ -174,6 +174,20 @@ def test_the_builder_is_told_what_was_asked(bundle: Path, instant: list[dict[str
     assert name == "fp32-1x32x64-o2.tensorrt_rtx.plan"
 
 
+def test_tensorrt_for_rtx_has_no_use_for_a_timing_cache_and_says_so(exported: Exported, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="measures nothing when it builds: the timing cache is neither read nor written"):
+        plan = builder.build(exported("sr3_a") / "network.onnx", batch=1, height=32, width=32, tf32=False, timing_cache=tmp_path / "cache")
+    assert len(plan) > 100_000
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_timing_cache_that_cannot_be_written_costs_no_engine(tmp_path: Path) -> None:
+    builder._keep(tmp_path / "cache", b"measured")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("cache", b"measured")]
+    with pytest.warns(UserWarning, match=r"the timing cache .*gone/cache was not written \(No such file or directory\)"):
+        builder._keep(tmp_path / "gone" / "cache", b"measured")
+
+
 # --- the float16 graph
 
 
