@@ -220,18 +220,22 @@ class _Writer:
         shape = self.node("Concat", self.constant([0, features], np.int64), self.node("Shape", values[0], start=2), axis=0)
         return self.node("Reshape", self.node("Transpose", mixed, perm=[0, 2, 1]), shape), features
 
+    def do_unshuffle(self, values: tuple[str], channels: tuple[int], *, by: int) -> tuple[str, int]:
+        order = np.arange(by * by * channels[0]).reshape(by * by, channels[0]).T.reshape(-1)  # SpaceToDepth puts the channel last
+        places = self.node("SpaceToDepth", values[0], blocksize=by)
+        return self.node("Gather", places, self.constant(order, np.int64), axis=1), by * by * channels[0]
+
     def do_to_bands(self, values: tuple[str, str], channels: tuple[int, int], *, detail: float) -> tuple[str, int]:
         x, y = values
-        order = np.arange(4 * channels[0]).reshape(4, channels[0]).T.reshape(-1)  # SpaceToDepth puts the channel last
-        places = self.node("Gather", self.node("SpaceToDepth", x, blocksize=2), self.constant(order, np.int64), axis=1)
+        places, _ = self.do_unshuffle((x,), channels[:1], by=2)
         details = self.node("Mul", self._details(x, y), self._everywhere(self._root(detail)))
         return self.node("Concat", places, details, axis=1), 7 * channels[0]
 
     def do_from_bands(
-        self, values: tuple[str, str, str], channels: tuple[int, int, int], *, detail: float, coarse: float
+        self, values: tuple[str, str, str, str], channels: tuple[int, int, int, int], *, detail: float, coarse: float
     ) -> tuple[str, int]:
-        x, y, h = values
-        low, fine = self.split(h, channels[0], 3 * channels[0])
+        x, y, mean, fine = values
+        low, _ = self.split(mean, channels[0], 3 * channels[0])
         kept = self._everywhere(self.node("Div", self.scaled("level", detail**2), self._spread(detail)))
         made = self._everywhere(self.node("Mul", self.scaled(self.node("Sqrt", self._noise()), detail), self._root(detail)))
         both = self.node("Add", self.node("Mul", self._details(x, y), kept), self.node("Mul", fine, made))
@@ -256,28 +260,33 @@ class _Writer:
 
         return self._once(("details", x, y), make)
 
-    def _next(self, h: str, axis: int) -> str:
-        return self.node("Concat", self.sliced(h, axis, 1), self.sliced(h, axis, -1), axis=axis)
+    def _lifted(self, line: str, other: str, step: int, axis: int, *, back: bool = False) -> str:
+        """A step of the lifting on `line`, or its undoing: odd places where `step` is even, from their neighbours in `other`.
 
-    def _before(self, h: str, axis: int) -> str:
-        return self.node("Concat", self.sliced(h, axis, 0, 1), self.sliced(h, axis, 0, -1), axis=axis)
-
-    def _lifted(self, kind: str, h: str, other: str, shifted: str, by: float) -> str:
-        return self.node(kind, h, self.scaled(self.node("Add", other, shifted), by))
+        The sum over neighbours is a convolution of each channel by itself, which precision.py leaves in float32.
+        """
+        taps, odd, channels = LIFT[step], step % 2 == 0, self._registers["x"][1]
+        sides = np.zeros((2, 4), np.int64)
+        sides[:, axis] = len(taps) - odd, len(taps) - 1 + odd
+        wide = self.node("Pad", other, self.constant(sides.reshape(-1), np.int64), mode="edge")
+        shape = (1, 1, -1, 1) if axis == HEIGHT else (1, 1, 1, -1)
+        kernel = np.asarray([*taps[::-1], *taps], np.float32).reshape(shape).repeat(channels, axis=0)
+        moved = self.node("Conv", wide, self.constant(kernel), kernel_shape=kernel.shape[2:], group=channels)
+        return self.node("Sub" if back else "Add", line, moved)
 
     def _split(self, h: str, axis: int) -> tuple[str, str]:
         even, odd = self.sliced(h, axis, 0, step=2), self.sliced(h, axis, 1, step=2)
-        for i in (0, 2):
-            odd = self._lifted("Add", odd, even, self._next(even, axis), LIFT[i])
-            even = self._lifted("Add", even, odd, self._before(odd, axis), LIFT[i + 1])
+        odd = self._lifted(odd, even, 0, axis)
+        even = self._lifted(even, odd, 1, axis)
+        odd = self._lifted(odd, even, 2, axis)
         return self.scaled(even, GAIN), self.node("Div", odd, self.constant(GAIN))
 
     def _merged(self, low: str, high: str, axis: int) -> str:
         """The inverse of `_split`; along the height, to the size of x."""
         even, odd = self.node("Div", low, self.constant(GAIN)), self.scaled(high, GAIN)
-        for i in (2, 0):
-            even = self._lifted("Sub", even, odd, self._before(odd, axis), LIFT[i + 1])
-            odd = self._lifted("Sub", odd, even, self._next(even, axis), LIFT[i])
+        odd = self._lifted(odd, even, 2, axis, back=True)
+        even = self._lifted(even, odd, 1, axis, back=True)
+        odd = self._lifted(odd, even, 0, axis, back=True)
         if axis == HEIGHT:  # each even row, then its odd one: that is how rows lie in memory
             return self.node("Reshape", self.node("Concat", even, odd, axis=WIDTH), self.node("Shape", "x"))
         pairs = [self.node("Unsqueeze", one, self.constant([4], np.int64)) for one in (even, odd)]

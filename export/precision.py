@@ -5,7 +5,8 @@ Convolutions and what follows them work in float16. Float32 stay
 - the graph's inputs and output;
 - GroupNormalization and Softmax, whose sums float16 cannot hold;
 - whatever depends on the noise level alone (the embedding), until it meets the picture's features;
-- whatever reaches the output without passing a convolution (the loop's own arithmetic inside a network, as residuals on `x`).
+- whatever reaches the output without passing a convolution (the loop's own arithmetic inside a network, as residuals on `x`);
+- convolutions of each channel by itself, which are not learnt but the wavelet of such arithmetic.
 
 Works on the graph, so that a bundle needs neither its checkpoint nor PyTorch.
 """
@@ -23,7 +24,6 @@ from onnx import TensorProto, helper, numpy_helper
 from sr3rt.errors import BundleIncompatible, ParityError
 
 LARGEST = float(np.finfo(np.float16).max)
-BEGINS = {"Conv"}  # where float16 begins
 KEEPS = {"GroupNormalization", "Softmax"}  # float32 inside, float16 around
 ONLY_DATA = {"Resize"}  # whose other float inputs are float32 by definition
 
@@ -75,12 +75,13 @@ class _Half:
             return
         data = [name for name in source.input if name in self._float or name in self._half]
         floats = [name for name in data if name not in self._half]
+        alone = any(attribute.name == "group" for attribute in node.attribute)  # each channel by itself
         hard = [name for name in floats if name not in self._level]
         if node.op_type in KEEPS:
             self._cast_inputs(node, TensorProto.FLOAT)
             if any(name in self._half for name in data):
                 self._lower(node)
-        elif node.op_type in BEGINS or (any(name in self._half for name in data) and not hard):
+        elif not alone and (node.op_type == "Conv" or (any(name in self._half for name in data) and not hard)):
             self._cast_inputs(node, TensorProto.FLOAT16)
             self._half.update(node.output)
         else:

@@ -95,6 +95,9 @@ class _Writer:
         mixed = self._write("attention", [projected], f"{projected}.attended")
         return self.convolution([mixed], out, add=source, gain=gain)
 
+    def unshuffle(self, source: str, by: int, to: str) -> str:
+        return self._write("unshuffle", [source], to, by=by)
+
     def bands(self, do: Literal["to_bands", "from_bands"], sources: Iterable[str], to: str, **deviations: float) -> str:
         return self._write(do, sources, to, **deviations)
 
@@ -187,11 +190,19 @@ def _compact(net: compact.CompactUNet) -> Program:
         h = write.convolution(sources, block.conv1, level=(block.level, "scale_shift"), after="silu")
         return write.convolution([h], block.conv2, add=_skip(write, sources, block.skip))
 
-    h = write.convolution([write.bands("to_bands", ["x", "y"], "bands", detail=compact.DETAIL)], net.first)
+    features = write.convolution([write.unshuffle("x", compact.SCALE, "mean.places")], net.mean.first)
+    for block in net.mean.blocks:
+        h = write.convolution([features], block.conv1, after="silu")
+        features = write.convolution([h], block.conv2, add=features)
+    mean = write.convolution([features], net.mean.last, resample="up")
+
+    h = write.convolution([write.bands("to_bands", ["x", "y"], "bands", detail=compact.DETAIL), mean], net.first)
     skips = []
     for i, blocks in enumerate(net.down):
+        sources = [h, features] if i == 1 else [h]
         for block in blocks:  # type: ignore[attr-defined]
-            h = residual([h], block)
+            h = residual(sources, block)
+            sources = [h]
         if i < len(net.shrink):
             skips.append(h)
             h = write.convolution([h], net.shrink[i])
@@ -201,7 +212,7 @@ def _compact(net: compact.CompactUNet) -> Program:
             h = residual(sources, block)
             sources = [h]
     h = write.convolution([h], net.last, silu=True)
-    write.bands("from_bands", ["x", "y", h], "out", detail=compact.DETAIL, coarse=compact.COARSE)
+    write.bands("from_bands", ["x", "y", mean, h], "out", detail=compact.DETAIL, coarse=compact.COARSE)
     return write.program("log_sigma", f"{write.name(net.embedding)}.frequencies", net.embedding.mlp, silu=True)
 
 

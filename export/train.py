@@ -1,10 +1,10 @@
 """Train the small model that ships: `python export/train.py --images DIR -o FILE.safetensors`, then `python export/to_onnx.py FILE…`.
 
-Photographs are cropped at random scales and flipped; the low-resolution picture is made by PIL's bicubic, as the runtime's condition
-is. γ is drawn as the paper does (section 2.4: t uniform, then γ uniform between its neighbours on the trained schedule), the loss is
-the mean square of the scaled network's error (EDM, arXiv 2206.00364, eq. 8), and an exponential moving average of the weights is
-what is saved. Interrupting is safe: the run resumes from `FILE.state`. `--start` continues from the weights of a bundle or of another such
-file instead.
+Photographs are cropped at random scales, turned and recoloured; the low-resolution picture is made by PIL's bicubic, as the runtime's
+condition is. Both parts of the network are trained at once: the mean of all bands by the logarithm of its squared error, and what
+samples the details by the mean square of its scaled error (EDM, arXiv 2206.00364, eq. 8), at a γ drawn as the paper does (section 2.4: t
+uniform, then γ uniform between its neighbours on the trained schedule). An exponential moving average of the weights is what is saved.
+Interrupting is safe: the run resumes from `FILE.state`. `--start` continues from the weights of a bundle or of another such file instead.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from sr3rt import _native
 from sr3rt.bundle import WEIGHTS, Bundle
 from sr3rt.cli import run_command
 from sr3rt.errors import MissingExtra, OptionError
-from sr3rt.export.nets.compact import COARSE, DETAIL, CompactConfig, CompactUNet, bands
+from sr3rt.export.nets.compact import COARSE, DETAIL, SCALE, CompactConfig, CompactUNet, bands, from_bands
 from sr3rt.safetensors import Weights
 from sr3rt.work import READ
 
-SCALE = 4
 TYPICAL = 0.002  # median over crops of the energy of x's details at half resolution
+LEAST = 3e-5  # squared error, pictures in [-1, 1], below which a crop is as good as right: 0.7 of 255, squared
 WARM = 300  # steps over which the rate rises
 Pixels = NDArray[np.uint8]
 
@@ -51,14 +51,14 @@ def path_gammas(steps: int = 1000, middle: float = 0.16) -> NDArray[np.float64]:
     return 1 / (1 + (middle * t / (1 - t)) ** 2)
 
 
-def run_gammas(steps: int = 1000, least: float = 0.2, bend: float = 4.6) -> NDArray[np.float64]:
-    """γ that runs respace: σ_t = least·sinh(bend·t), t = i/steps; from σ = 9e-4 to 10, beyond which a start is as good as noise.
+def run_gammas(steps: int = 1000, largest: float = 3.95) -> NDArray[np.float64]:
+    """γ that runs respace: σ_t = largest·t, t = i/steps, where a start is nearly as good as noise.
 
-    Few steps then fall where details are decided: measured on Kodak 21 to 24, 8 steps of dpm++2m give 0.24 dB more and 10 % more
-    high-frequency energy than on `path_gammas`, which training draws from. The network knows any level between the ends.
+    Evenly in σ: few steps then decide what has most energy and leave out the noise that is less than a step, which costs decibels in
+    smooth places and shows no texture (measured on Kodak 21 to 24, docs/model.md). The network knows any level on `path_gammas`.
     """
     t = np.arange(1, steps + 1, dtype=np.float64) / steps
-    return 1 / (1 + (least * np.sinh(bend * t)) ** 2)
+    return 1 / (1 + (largest * t) ** 2)
 
 
 def photographs(folder: Path, hold_out: str) -> list[Pixels]:
@@ -73,13 +73,14 @@ def photographs(folder: Path, hold_out: str) -> list[Pixels]:
         raise OptionError(f"{folder} holds nothing to train on: give --images a folder of photographs ({', '.join(READ)})")
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     pictures += [getattr(data, name)() for name in ("astronaut", "cat", "coffee", "rocket")]
+    pictures += [np.repeat(getattr(data, name)()[..., None], 3, axis=2) for name in ("brick", "camera", "coins", "grass", "gravel")]
     return [*pictures, data.stereo_motorcycle()[0]]  # type: ignore[no-untyped-call]
 
 
 def pyramid(picture: Pixels) -> list[Pixels]:
-    """The picture at five scales from 1 to 1/2: smaller ones are sharper, and show structures at other sizes."""
+    """The picture at eight scales from 1 to 0.45: smaller ones are sharper, and show structures at other sizes."""
     image = Image.fromarray(picture)
-    sizes = [(round(image.width * s), round(image.height * s)) for s in (1.0, 0.86, 0.73, 0.62, 0.5)]
+    sizes = [(round(image.width * s), round(image.height * s)) for s in np.geomspace(1.0, 0.45, 8)]
     return [np.asarray(image.resize(size, Image.Resampling.LANCZOS)) for size in sizes]
 
 
@@ -101,16 +102,26 @@ class Crops(IterableDataset[tuple[Tensor, Tensor]]):
             yield x, y0
 
     def pair(self, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-        """A crop, turned, mirrored, now and then with its colours exchanged; and what bicubic makes of its reduction."""
+        """A crop, turned, mirrored, now and then recoloured; and what bicubic makes of its reduction."""
         size = self.crop
         source = self.levels[rng.choice(len(self.levels), p=self.weights)]
         top, left = (int(rng.integers(0, n - size + 1)) for n in source.shape[:2])
         high = np.rot90(source[top : top + size, left : left + size], k=int(rng.integers(4)))
-        high = np.ascontiguousarray(high[:, ::-1] if rng.integers(2) else high)
-        if rng.integers(4) == 0:
-            high = np.ascontiguousarray(high[..., rng.permutation(3)])
+        high = recoloured(np.ascontiguousarray(high[:, ::-1] if rng.integers(2) else high), rng)
         low = Image.fromarray(high).resize((size // SCALE,) * 2, Image.Resampling.BICUBIC)
         return np.asarray(low.resize((size, size), Image.Resampling.BICUBIC)), high
+
+
+def recoloured(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """At times with colours exchanged, negative, or of another contrast and brightness: few photographs show few colours."""
+    if rng.random() < 0.3:
+        pixels = np.ascontiguousarray(pixels[..., rng.permutation(3)])
+    if rng.random() < 0.15:
+        pixels = 255 - pixels
+    if rng.random() < 0.3:
+        middle, contrast, brighter = rng.uniform(80, 170), rng.uniform(0.5, 1.15), rng.uniform(-20, 20)
+        pixels = ((pixels - middle) * contrast + middle + brighter).round().clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def draw_gamma(gammas: NDArray[np.float64], batch: int, rng: np.random.Generator) -> Tensor:
@@ -121,21 +132,25 @@ def draw_gamma(gammas: NDArray[np.float64], batch: int, rng: np.random.Generator
 
 
 def loss_of(net: CompactUNet, x: Tensor, y0: Tensor, gamma: Tensor) -> Tensor:
-    """Weighed mean squares of the scaled network's errors, coarse and detail bands alike, whatever the level. gamma: (B, 1) float64.
+    """Of both parts: the logarithm of the mean's squared error, and the weighed error of what samples. gamma: (B, 1) float64.
 
     Quality is judged by the mean of decibels, a logarithm, in which a picture with little contrast counts as much as one with a lot.
-    So each crop's weight is about the inverse of the error that bicubic makes there, as far as `x` foretells it: the energy of its
-    details at half resolution, which explains 90 % of the logarithm's variance. A weight that knew y0 would bias the prediction.
+    What samples cannot be judged so, as its error is mostly noise that no one foretells: each crop's weight is about the inverse of
+    the error that bicubic makes there, as far as `x` tells it: the energy of its details at half resolution, which explains 90 % of the
+    logarithm's variance. A weight that knew y0 would bias the prediction. Its loss does not change the features that it is given.
     """
     sigma = (1 / gamma - 1).sqrt().to(torch.float32)[:, :, None, None]
     spread = (sigma**2 + DETAIL**2).sqrt()
-    coarse, details = bands(y0 - x)
+    channels = net.config.channels
+    features, mean = net.mean(x)
+    coarse, middle = mean.float().split([channels, 3 * channels], dim=1)
+    errors = (x + from_bands(coarse * COARSE, middle * DETAIL) - y0).square().mean((1, 2, 3))
+    _, details = bands(y0 - x)
     noise = torch.randn_like(details)
     target = (details * sigma - noise * DETAIL**2) / (DETAIL * spread)
-    low, high = net.inner(x, (details + sigma * noise) / spread, sigma.flatten(1).log())
+    fine = net.inner(x, (details + sigma * noise) / spread, sigma.flatten(1).log(), features.detach(), mean.detach())
     weight = 1 / (bands(bands(x)[0])[1].square().mean((1, 2, 3)) / TYPICAL + 0.2)
-    errors = (low - coarse / COARSE).square().mean((1, 2, 3)) + (high - target).square().mean((1, 2, 3))
-    return (weight * errors).mean()
+    return (errors + LEAST).log().mean() + (weight * (fine - target).square().mean((1, 2, 3))).mean()
 
 
 class Run:
@@ -152,7 +167,9 @@ class Run:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        mean = set(self.net.mean.parameters())  # the parts learn apart: neither's gradient shortens the other's
+        for part in (mean, set(self.net.parameters()) - mean):
+            torch.nn.utils.clip_grad_norm_(part, 1.0)
         self.optimiser.step()
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
@@ -206,8 +223,8 @@ def train(
     start: Path | None = None,
     minutes: float = 120,
     batch: int = 8,
-    crop: int = 64,
-    rate: float = 1e-3,
+    crop: int = 96,
+    rate: float = 6e-4,
     decay: float = 0.999,
     device: str = "cpu",
     threads: int = 2,

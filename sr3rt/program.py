@@ -14,9 +14,13 @@ from sr3rt.bundle import PROGRAM, WEIGHTS, Bundle
 from sr3rt.errors import BundleCorrupt
 from sr3rt.safetensors import Weights
 
-FORMAT = 1
-LIFT = (-1.586134342, -0.052980118, 0.882911075, 0.443506852)  # of the CDF 9/7 wavelet: predict, update, predict, update
-GAIN = 1.149604398  # of its coarse band, which makes the transform nearly orthonormal
+FORMAT = 2
+LIFT = (  # of the wavelet: predict, update, predict; each step's taps from the nearest pair of neighbours outwards
+    (-0.25449, 0.07703, -0.05229, 0.02829),
+    (0.4592, -0.14136, 0.09, -0.05147),
+    (-0.270539, 0.08357, -0.05346, 0.03101),
+)
+GAIN = 0.98704  # of its coarse band, which makes the transform nearly orthonormal
 Program = Mapping[str, Any]
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -24,6 +28,7 @@ _KEYS = {
     "convolution": {"from", "to", "norm", "silu", "resample", "weight", "bias", "stride", "level", "after", "add", "gain"},
     "resample": {"from", "to", "by"},
     "attention": {"from", "to"},
+    "unshuffle": {"from", "to", "by"},
     "to_bands": {"from", "to", "detail"},
     "from_bands": {"from", "to", "detail", "coarse"},
 }

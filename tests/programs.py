@@ -42,7 +42,7 @@ def bands(way: str, to: str, *sources: str, detail: float = 1.0) -> Program:
 
 
 def program(*operations: Program, **changes: Any) -> Program:
-    return {"format": 1, "level": LEVEL, "operations": list(operations), **changes}
+    return {"format": 2, "level": LEVEL, "operations": list(operations), **changes}
 
 
 def random(*shape: int) -> Floats:

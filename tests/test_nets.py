@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sr3rt.export.nets.compact import CompactConfig, CompactUNet
+from sr3rt.export.nets.compact import CompactConfig, CompactUNet, bands, from_bands
 from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet
 from sr3rt.export.nets.paper import PRESETS, PaperConfig, PaperUNet
 
@@ -112,6 +113,40 @@ def test_a_sample_does_not_depend_on_its_neighbours(net):
     assert together.shape == x.shape
     assert together.dtype == torch.float32
     assert (together[1:2] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(2, 4), (8, 6), (64, 40)])
+def test_bands_hold_the_whole_picture(size):
+    h = torch.randn(2, 3, *size, dtype=torch.float64)
+    coarse, details = bands(h)
+    assert (coarse.shape[1], details.shape[1]) == (3, 9)
+    assert (from_bands(coarse, details) - h).abs().max() < 1e-12
+
+
+def test_noise_in_a_picture_is_noise_of_the_same_deviation_in_its_bands():
+    coarse, details = bands(torch.randn(4, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
+    for band in (coarse, *details.split(3, dim=1)):
+        assert abs(band.std().item() - 1) < 0.01
+        assert abs((band[..., 1:] * band[..., :-1]).mean().item()) < 0.03
+
+
+def test_details_hold_nothing_of_what_is_even_and_little_below_half_of_nyquists_frequency():
+    assert bands(torch.ones(1, 1, 32, 32))[1].abs().max() < 1e-5
+    details = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    power = torch.fft.fft2(from_bands(torch.zeros(8, 1, 64, 64), details)).abs().square().mean((0, 1))
+    low = torch.fft.fftfreq(128).abs() < 0.25
+    assert power[low][:, low].sum() < 0.05 * power.sum()
+
+
+def test_what_the_compact_network_adds_below_the_details_does_not_depend_on_the_state():
+    net, x = copy.deepcopy(SMALL["compact"]), torch.rand(1, 3, 16, 16)
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    with torch.inference_mode():
+        (first, _), (second, fine) = (bands(net(x, torch.randn_like(x), torch.tensor([[level]]))) for level in (0.1, 0.9))
+    assert (first - second).abs().max() < 1e-5
+    assert fine.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("net", SMALL.values(), ids=SMALL)

@@ -1,14 +1,15 @@
 """The shipped model's network: SR3 on the residual's finest details, made for a CPU.
 
-It is an SR3 network in its contract (condition `x`, state `y`, noise level √γ in; a prediction out) with four changes that a
+It is an SR3 network in its contract (condition `x`, state `y`, noise level √γ in; a prediction out) with five changes that a
 small network trained on few photographs needs, each from the literature:
 
 - It works on the *residual* y0 - x, an eighth of the picture's deviation (SRDiff, arXiv 2104.14951), in the bands of one level of
-  the CDF 9/7 wavelet, as JPEG 2000 has it (lifting: Daubechies and Sweldens 1998).
-- Only the three detail bands are sampled. Of the coarse band it never sees the state, so that the prediction there is the
-  conditional mean given `x` and the details: texture is drawn, what lies between it and the input's resolution is not rolled dice
-  for. At equal texture that costs about half the squared error of sampling all bands (docs/model.md).
-- Input, output and skip are scaled so that the inner network always sees and makes unit variance (EDM, arXiv 2206.00364, table
+  a wavelet with a steep edge (`LIFT`), made of lifting steps (Daubechies and Sweldens 1998).
+- Only the three detail bands are sampled. All that lies below is predicted as the mean given `x`, by a part that sees neither
+  state nor level: texture is drawn, what lies between it and the input's resolution is not rolled dice for (docs/model.md).
+- That part works at the input's resolution, where a pixel's work reaches furthest (ESPCN, arXiv 1609.05158); it hands its features
+  and the mean of the details to the part that samples.
+- Input, output and skip are scaled so that the sampling part always sees and makes unit variance (EDM, arXiv 2206.00364, table
   1); the prediction is therefore y0 itself, and colours cannot drift by a factor √(1/γ).
 - No normalisation over the picture (EDSR, arXiv 1707.02921) and no attention: what a pixel becomes depends on its
   neighbourhood only, at any size that `stride` divides.
@@ -25,49 +26,55 @@ from torch import Tensor, nn
 
 from sr3rt.program import GAIN, LIFT
 
+SCALE = 4  # of the picture to its input
 COARSE, DETAIL = 0.18, 0.08  # deviations of the bands of y0 - x on photographs at 4×, pictures in [-1, 1]
 
 
 @dataclass(frozen=True)
 class CompactConfig:
-    """Widths and blocks per level, finest (half resolution) first; `blocks[i]` on the way down, one more on the way up."""
+    """Of the mean: width and blocks. Of the sampling part: widths and blocks per level, finest (half resolution) first;
+    `blocks[i]` on the way down, one more on the way up.
+    """
 
     channels: int = 3
-    widths: tuple[int, ...] = (32, 96, 160)
-    blocks: tuple[int, ...] = (1, 3, 2)
+    mean_width: int = 96
+    mean_blocks: int = 10
+    widths: tuple[int, ...] = (32, 64, 96)
+    blocks: tuple[int, ...] = (1, 2, 2)
     embedding: int = 128
 
     @property
     def stride(self) -> int:
         """Height and width must be divisible by this."""
-        return int(2 ** len(self.widths))
+        return max(SCALE, int(2 ** len(self.widths)))
 
 
-def _after(even: Tensor, dim: int) -> Tensor:
-    """Each even sample's successor; mirrored at the end."""
-    n = even.shape[dim]
-    return torch.cat([even.narrow(dim, 1, n - 1), even.narrow(dim, n - 1, 1)], dim)
+def _lifted(line: Tensor, other: Tensor, taps: tuple[float, ...], dim: int, *, odd: bool, sign: float = 1.0) -> Tensor:
+    """line[i] + Σ taps[k] · (other[i - k] + other[i + 1 + k]) on odd places, other[i - 1 - k] and other[i + k] on even ones.
 
-
-def _before(odd: Tensor, dim: int) -> Tensor:
-    return torch.cat([odd.narrow(dim, 0, 1), odd.narrow(dim, 0, odd.shape[dim] - 1)], dim)
+    Beyond an end lies the end's own value.
+    """
+    n, reach = line.shape[dim], len(taps)
+    ends = [other.narrow(dim, i, 1) for i in (0, n - 1)]
+    wide = torch.cat([ends[0]] * (reach - odd) + [other] + [ends[1]] * (reach - 1 + odd), dim)
+    for k, tap in enumerate(taps):
+        line = line + sign * tap * (wide.narrow(dim, reach - 1 - k, n) + wide.narrow(dim, reach + k, n))
+    return line
 
 
 def _split(h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     even, odd = h.unflatten(dim, (-1, 2)).unbind(dim + 1)  # type: ignore[no-untyped-call]
-    odd = odd + LIFT[0] * (even + _after(even, dim))
-    even = even + LIFT[1] * (odd + _before(odd, dim))
-    odd = odd + LIFT[2] * (even + _after(even, dim))
-    even = even + LIFT[3] * (odd + _before(odd, dim))
+    odd = _lifted(odd, even, LIFT[0], dim, odd=True)
+    even = _lifted(even, odd, LIFT[1], dim, odd=False)
+    odd = _lifted(odd, even, LIFT[2], dim, odd=True)
     return even * GAIN, odd / GAIN
 
 
 def _merge(even: Tensor, odd: Tensor, dim: int) -> Tensor:
     even, odd = even / GAIN, odd * GAIN
-    even = even - LIFT[3] * (odd + _before(odd, dim))
-    odd = odd - LIFT[2] * (even + _after(even, dim))
-    even = even - LIFT[1] * (odd + _before(odd, dim))
-    odd = odd - LIFT[0] * (even + _after(even, dim))
+    odd = _lifted(odd, even, LIFT[2], dim, odd=True, sign=-1)
+    even = _lifted(even, odd, LIFT[1], dim, odd=False, sign=-1)
+    odd = _lifted(odd, even, LIFT[0], dim, odd=True, sign=-1)
     return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
 
 
@@ -101,8 +108,23 @@ class LevelEmbedding(nn.Module):
         return features
 
 
+class PlainBlock(nn.Module):
+    """Residual block without normalisation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.kaiming_normal_(self.conv1.weight)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        changed: Tensor = self.conv2(F.silu(self.conv1(h)))
+        return h + changed
+
+
 class Block(nn.Module):
-    """Residual block without normalisation; the noise level scales and shifts its features."""
+    """Residual block; the noise level scales and shifts its features."""
 
     def __init__(self, in_ch: int, out_ch: int, embedding: int) -> None:
         super().__init__()
@@ -121,6 +143,24 @@ class Block(nn.Module):
         return skipped
 
 
+class Mean(nn.Module):
+    """x -> features at the input's resolution (B, width, H/4, W/4) and the four bands of E[y0 - x | x] at unit variance."""
+
+    def __init__(self, config: CompactConfig) -> None:
+        super().__init__()
+        c, width = config.channels, config.mean_width
+        self.first = nn.Conv2d(SCALE * SCALE * c, width, 3, padding=1)
+        self.blocks = nn.ModuleList([PlainBlock(width) for _ in range(config.mean_blocks)])
+        self.last = nn.Conv2d(width, 4 * c, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.first(F.pixel_unshuffle(x, SCALE))
+        for block in self.blocks:
+            h = block(h)
+        return h, self.last(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+
+
 class CompactUNet(nn.Module):
     """x, y: (B, C, H, W) float32 in [-1, 1] (y: the noisy state); level: (B, 1) = √γ. Returns the predicted y0, (B, C, H, W)."""
 
@@ -128,11 +168,13 @@ class CompactUNet(nn.Module):
         super().__init__()
         self.config = config
         c, dim = config, config.embedding
+        self.mean = Mean(c)
         self.embedding = LevelEmbedding(dim)
-        self.first = nn.Conv2d(7 * c.channels, c.widths[0], 3, padding=1)
+        self.first = nn.Conv2d((7 + 4) * c.channels, c.widths[0], 3, padding=1)
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         for i, (width, blocks) in enumerate(zip(c.widths, c.blocks, strict=True)):
-            self.down.append(nn.ModuleList([Block(width, width, dim) for _ in range(blocks)]))
+            features = c.mean_width if i == 1 else 0
+            self.down.append(nn.ModuleList([Block(width + (0 if j else features), width, dim) for j in range(blocks)]))
             if i + 1 < len(c.widths):
                 self.shrink.append(nn.Conv2d(width, c.widths[i + 1], 3, stride=2, padding=1))
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
@@ -141,7 +183,7 @@ class CompactUNet(nn.Module):
             self.grow.append(nn.Conv2d(c.widths[i + 1], width, 3, padding=1))
             ups = [Block(2 * width, width, dim)] + [Block(width, width, dim) for _ in range(c.blocks[i])]
             self.up.append(nn.ModuleList(ups))
-        self.last = nn.Conv2d(c.widths[0], 4 * c.channels, 3, padding=1)
+        self.last = nn.Conv2d(c.widths[0], 3 * c.channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
 
     def forward(self, x: Tensor, y: Tensor, level: Tensor) -> Tensor:
@@ -150,16 +192,21 @@ class CompactUNet(nn.Module):
         noise = (1 - gamma).clamp(min=1e-7)  # variance of the noise in y; float32 holds no level between 1 - 6e-8 and 1
         spread = gamma * DETAIL**2 + noise  # variance of the noisy details
         _, details = bands(y - root * x)
-        coarse, fine = self.inner(x, details * spread.rsqrt(), (noise / gamma).flatten(1).log() / 2)
+        features, mean = self.mean(x)
+        fine = self.inner(x, details * spread.rsqrt(), (noise / gamma).flatten(1).log() / 2, features, mean)
         fine = details * (root * DETAIL**2 / spread) + fine * (noise.sqrt() * DETAIL * spread.rsqrt())
-        return x + from_bands(coarse * COARSE, fine)
+        return x + from_bands(mean[:, : self.config.channels] * COARSE, fine)
 
-    def inner(self, x: Tensor, details: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The scaled network, unit variance in and out: details of (y - √γ x) -> coarse and detail bands; log_sigma: (B, 1)."""
+    def inner(self, x: Tensor, details: Tensor, log_sigma: Tensor, features: Tensor, mean: Tensor) -> Tensor:
+        """The part that samples, unit variance in and out: details of y - √γ x, and what `mean` made of x -> details.
+
+        log_sigma: (B, 1).
+        """
         embedding = self.embedding(log_sigma)
-        h = self.first(torch.cat([F.pixel_unshuffle(x, 2), details], dim=1))
+        h = self.first(torch.cat([F.pixel_unshuffle(x, 2), details, mean], dim=1))
         skips = []
         for i, blocks in enumerate(self.down):
+            h = torch.cat([h, features], dim=1) if i == 1 else h
             for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, embedding)
             if i < len(self.shrink):
@@ -170,5 +217,5 @@ class CompactUNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, embedding)
-        coarse, fine = self.last(F.silu(h)).split([self.config.channels, 3 * self.config.channels], dim=1)
-        return coarse, fine
+        fine: Tensor = self.last(F.silu(h))
+        return fine

@@ -192,6 +192,11 @@ class _Build:
         (source,) = one["from"]
         return self._network.attention(self._source(source))
 
+    def _unshuffle(self, one: Mapping[str, Any]) -> int:
+        if list(one["from"]) != ["x"]:
+            raise ValueError("unshuffle reads x")
+        return self._network.unshuffled(one["by"])
+
     def _to_bands(self, one: Mapping[str, Any]) -> int:
         if list(one["from"]) != ["x", "y"]:
             raise ValueError("to_bands reads x and y")
@@ -199,8 +204,8 @@ class _Build:
         return self._network.to_bands(one["detail"])
 
     def _from_bands(self, one: Mapping[str, Any]) -> None:
-        x, y, source = one["from"]
+        x, y, mean, fine = one["from"]
         bands, detail = self._bands
         if (x, y, one["to"], one["detail"]) != ("x", "y", "out", detail):
             raise ValueError("from_bands reads x, y and what was made of their bands of the same detail, and writes out")
-        self._network.from_bands(self._source(bands), self._source(source), one["detail"], one["coarse"])
+        self._network.from_bands(self._source(bands), self._source(mean), self._source(fine), one["detail"], one["coarse"])

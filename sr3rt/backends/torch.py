@@ -88,6 +88,7 @@ class TorchProgram:
             "convolution": self._convolution,
             "resample": self._resample,
             "attention": self._attention,
+            "unshuffle": self._unshuffle,
             "to_bands": self._to_bands,
             "from_bands": self._from_bands,
         }[do](rest.pop("from"), **rest)
@@ -161,6 +162,9 @@ class TorchProgram:
 
         return run
 
+    def _unshuffle(self, sources: list[str], *, by: int) -> Operation:
+        return lambda registers, known: F.pixel_unshuffle(_one(registers, sources), by)
+
     def _to_bands(self, sources: list[str], *, detail: float) -> Operation:
         def run(registers: Registers, known: _Level) -> Tensor:
             x, y = (registers[name].to(self.wide) for name in sources)
@@ -170,9 +174,8 @@ class TorchProgram:
 
     def _from_bands(self, sources: list[str], *, detail: float, coarse: float) -> Operation:
         def run(registers: Registers, known: _Level) -> Tensor:
-            x, y, h = (registers[name].to(self.wide) for name in sources)
-            spread, channels = known.spread(detail), x.shape[1]
-            low, fine = h[:, :channels], h[:, channels:]
+            x, y, mean, fine = (registers[name].to(self.wide) for name in sources)
+            spread, low = known.spread(detail), mean[:, : x.shape[1]]
             fine = fine * (_wide(known.noise).sqrt() * detail * spread.rsqrt())
             fine = _details(x, y, known) * (_wide(known.value) * detail**2 / spread) + fine
             first, second, third = fine.chunk(3, dim=1)
@@ -231,27 +234,31 @@ def _details(x: Tensor, y: Tensor, known: _Level) -> Tensor:
     return torch.cat([_split(low, 3)[1], *_split(high, 3)], dim=1)
 
 
-def _shifted(h: Tensor, dim: int, by: int) -> Tensor:
-    """h[i + by], `by` 1 or -1, the end repeated."""
-    n = h.shape[dim]
-    return torch.cat([h.narrow(dim, 1, n - 1), h.narrow(dim, n - 1, 1)] if by == 1 else [h.narrow(dim, 0, 1), h.narrow(dim, 0, n - 1)], dim)
+def _lifted(line: Tensor, other: Tensor, step: int, dim: int, sign: float) -> Tensor:
+    """One step on `line`, odd places where `step` is even, reading `other`."""
+    n, reach, odd = line.shape[dim], len(LIFT[step]), step % 2 == 0
+    first, last = other.narrow(dim, 0, 1), other.narrow(dim, n - 1, 1)
+    wide = torch.cat([first] * (reach - odd) + [other] + [last] * (reach - 1 + odd), dim)
+    for k, tap in enumerate(LIFT[step]):
+        line = line + sign * tap * (wide.narrow(dim, reach - 1 - k, n) + wide.narrow(dim, reach + k, n))
+    return line
 
 
 def _split(h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """One level of CDF 9/7 along `dim`: low and high band."""
+    """One level of the wavelet along `dim`: low and high band."""
     even, odd = h.reshape(*h.shape[:dim], -1, 2, *h.shape[dim + 1 :]).unbind(dim + 1)
-    for i in (0, 2):
-        odd = odd + LIFT[i] * (even + _shifted(even, dim, 1))
-        even = even + LIFT[i + 1] * (odd + _shifted(odd, dim, -1))
+    odd = _lifted(odd, even, 0, dim, 1)
+    even = _lifted(even, odd, 1, dim, 1)
+    odd = _lifted(odd, even, 2, dim, 1)
     return even * GAIN, odd / GAIN
 
 
 def _merge(low: Tensor, high: Tensor, dim: int) -> Tensor:
     """The inverse of `_split`."""
     even, odd = low / GAIN, high * GAIN
-    for i in (2, 0):
-        even = even - LIFT[i + 1] * (odd + _shifted(odd, dim, -1))
-        odd = odd - LIFT[i] * (even + _shifted(even, dim, 1))
+    odd = _lifted(odd, even, 2, dim, -1)
+    even = _lifted(even, odd, 1, dim, -1)
+    odd = _lifted(odd, even, 0, dim, -1)
     return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
 
 

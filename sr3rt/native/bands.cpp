@@ -1,5 +1,5 @@
-// The ends of the compact network (export/nets/compact.py): one level of the CDF 9/7 wavelet of y - √γ·x, whose details the network
-// is given beside x, and the way back from the bands that it makes. Lifting steps: Daubechies and Sweldens 1998.
+// The ends of the compact network (export/nets/compact.py): one level of a wavelet of y - √γ·x, whose details the network is
+// given beside x, and the way back from the bands that it makes. Lifting steps: Daubechies and Sweldens 1998.
 
 #include <algorithm>
 #include <cmath>
@@ -10,21 +10,41 @@
 namespace sr3 {
 namespace {
 
-constexpr float LIFT[4] = {-1.586134342f, -0.052980118f, 0.882911075f, 0.443506852f};  // predict, update, predict, update
-constexpr float GAIN = 1.149604398f;
-constexpr int ROWS = 16, MARGIN = 3;  // pairs of rows of a piece of work, and how far beyond them the lifting reads
+// The steps of docs/program.md: predict, update, predict; taps from the nearest pair of neighbours outwards.
+constexpr int STEPS = 3, TAPS = 4;
+constexpr float LIFT[STEPS][TAPS] = {{-0.25449f, 0.07703f, -0.05229f, 0.02829f},
+                                     {0.4592f, -0.14136f, 0.09f, -0.05147f},
+                                     {-0.270539f, 0.08357f, -0.05346f, 0.03101f}};
+constexpr float GAIN = 0.98704f;
+constexpr int ROWS = 16, MARGIN = STEPS * TAPS;  // pairs of rows of a piece of work, and how far beyond them the lifting reads
 
-// line += factor·(a + b)
-SR3_CLONES void lift(float* __restrict__ line, const float* a, const float* b, float factor, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) line[i] += factor * (a[i] + b[i]);
+// The lines that a step reads, the nearest pair first.
+using Neighbours = const float* [2 * TAPS];
+
+// line += sign·Σ taps[k]·(neighbours[2k] + neighbours[2k + 1])
+SR3_CLONES void lift(float* __restrict__ line, const Neighbours& from, const float* taps, float sign, std::size_t count) {
+    static_assert(TAPS == 4);
+    const float a = sign * taps[0], b = sign * taps[1], c = sign * taps[2], d = sign * taps[3];
+    for (std::size_t i = 0; i < count; ++i)
+        line[i] += a * (from[0][i] + from[1][i]) + b * (from[2][i] + from[3][i]) + c * (from[4][i] + from[5][i]) +
+                   d * (from[6][i] + from[7][i]);
 }
 
 SR3_CLONES void difference(float* __restrict__ out, const float* y, const float* x, float factor, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i) out[i] = y[i] - factor * x[i];
 }
 
+// Runs the steps, or undoes them, with `step(index, sign)`.
+template <class Step>
+void split(const Step& step) {
+    for (int i = 0; i < STEPS; ++i) step(i, 1.0f);
+}
+template <class Step>
+void merge(const Step& step) {
+    for (int i = STEPS - 1; i >= 0; --i) step(i, -1.0f);
+}
 
-// Pairs of lines, even and odd ones; beyond an end lies that end's own. `line(i)` and so on may be anything that has an address.
+// Pairs of lines, even and odd ones; beyond an end lies that end's own.
 struct Pairs {
     float* even;
     float* odd;
@@ -32,44 +52,42 @@ struct Pairs {
     std::size_t stride;   // from pair to pair
     std::size_t length;   // of a line
 
-    float* e(int i) const { return even + std::min(i, count - 1) * stride; }
-    float* o(int i) const { return odd + std::max(i, 0) * stride; }
+    float* e(int i) const { return even + std::clamp(i, 0, count - 1) * stride; }
+    float* o(int i) const { return odd + std::clamp(i, 0, count - 1) * stride; }
 
-    void lift_odd(float factor) const {
-        for (int i = 0; i < count; ++i) lift(o(i), e(i), e(i + 1), factor, length);
-    }
-    void lift_even(float factor) const {
-        for (int i = 0; i < count; ++i) lift(e(i), o(i), o(i - 1), factor, length);
-    }
-    void split() const {
-        lift_odd(LIFT[0]), lift_even(LIFT[1]), lift_odd(LIFT[2]), lift_even(LIFT[3]);
-    }
-    void merge() const {
-        lift_even(-LIFT[3]), lift_odd(-LIFT[2]), lift_even(-LIFT[1]), lift_odd(-LIFT[0]);
+    // Odd lines lie between even ones i and i + 1, even ones between odd ones i - 1 and i.
+    void operator()(int step, float sign) const {
+        const bool predicts = step % 2 == 0;
+        for (int i = 0; i < count; ++i) {
+            Neighbours from;
+            for (int k = 0; k < TAPS; ++k) {
+                from[2 * k] = predicts ? e(i - k) : o(i - 1 - k);
+                from[2 * k + 1] = predicts ? e(i + 1 + k) : o(i + k);
+            }
+            lift(predicts ? o(i) : e(i), from, LIFT[step], sign, length);
+        }
     }
 };
 
-// One line of `pairs` values each way. Along the line the neighbours' ends are the values before and after.
-void lift_line(float* __restrict__ line, const float* other, int offset, float factor, int count) {
-    const int last = count - 1;
-    if (offset > 0) {
-        if (last > 0) lift(line, other, other + 1, factor, last);
-        line[last] += factor * (other[last] + other[last]);
-    } else {
-        line[0] += factor * (other[0] + other[0]);
-        if (last > 0) lift(line + 1, other + 1, other, factor, last);
+// The same along one line, whose even and odd places lie apart. wide: room for count + 2·TAPS values.
+struct Line {
+    float* even;
+    float* odd;
+    int count;
+    float* wide;
+
+    void operator()(int step, float sign) const {
+        const bool predicts = step % 2 == 0;
+        const float* read = predicts ? even : odd;
+        std::fill_n(wide, TAPS, read[0]);
+        std::copy_n(read, count, wide + TAPS);
+        std::fill_n(wide + TAPS + count, TAPS, read[count - 1]);
+        const float* middle = wide + TAPS - (predicts ? 0 : 1);  // of a place's first neighbour
+        Neighbours from;
+        for (int k = 0; k < TAPS; ++k) from[2 * k] = middle - k, from[2 * k + 1] = middle + 1 + k;
+        lift(predicts ? odd : even, from, LIFT[step], sign, count);
     }
-}
-
-void split_line(float* even, float* odd, int count) {
-    lift_line(odd, even, 1, LIFT[0], count), lift_line(even, odd, -1, LIFT[1], count);
-    lift_line(odd, even, 1, LIFT[2], count), lift_line(even, odd, -1, LIFT[3], count);
-}
-
-void merge_line(float* even, float* odd, int count) {
-    lift_line(even, odd, -1, -LIFT[3], count), lift_line(odd, even, 1, -LIFT[2], count);
-    lift_line(even, odd, -1, -LIFT[1], count), lift_line(odd, even, 1, -LIFT[0], count);
-}
+};
 
 // The scales of a noise level, in float32 as far as the network was trained so.
 struct Level {
@@ -102,7 +120,8 @@ class Bands : public Layer {
         });
     }
 
-    static Scratch rows(int width) { return {0, static_cast<std::size_t>(2 * (ROWS + 2 * MARGIN) + 4) * width}; }
+    // Pairs of rows, then four half lines and what a step along one reads.
+    static Scratch rows(int width) { return {0, static_cast<std::size_t>(2 * (ROWS + 2 * MARGIN) + 3) * width + 2 * TAPS}; }
 
     static Pairs pairs_of(const Piece& piece, int width, float* own) {
         const std::size_t line = width;
@@ -138,7 +157,7 @@ class ToBands final : public Bands {
             const std::size_t at = plane + (2 * piece.begin + i) * width;
             difference(own + i * width, p.y + at, p.x + at, level.root, width);
         }
-        pairs.split();
+        split(pairs);
         float* lines = own + 2 * pairs.count * width;  // low even, low odd, high even, high odd
         const float factor = static_cast<float>(1 / std::sqrt(level.spread));
         const int half = p.width / 2;
@@ -149,7 +168,7 @@ class ToBands final : public Bands {
                     lines[(2 * row) * half + x] = rows[row][2 * x];
                     lines[(2 * row + 1) * half + x] = rows[row][2 * x + 1];
                 }
-            for (int row = 0; row < 2; ++row) split_line(lines + 2 * row * half, lines + (2 * row + 1) * half, half);
+            for (int row = 0; row < 2; ++row) split(Line{lines + 2 * row * half, lines + (2 * row + 1) * half, half, lines + 4 * half});
             const float* x = p.x + plane + 2 * i * width;
             float* to_pixel = pixels + static_cast<std::size_t>(i - piece.first) * half * padded_;
             for (int j = 0; j < half; ++j, to_pixel += padded_) {
@@ -169,7 +188,7 @@ class ToBands final : public Bands {
 
 class FromBands final : public Bands {
    public:
-    FromBands(int bands, int source, float detail, float coarse) : detail_(detail), coarse_(coarse) { from = {bands, source}; }
+    FromBands(int bands, int mean, int fine, float detail, float coarse) : detail_(detail), coarse_(coarse) { from = {bands, mean, fine}; }
 
     Extent extent(const std::vector<Extent>&, int height, int width) const override { return {height, width, 0}; }
     Scratch scratch(const std::vector<Extent>& registers, std::size_t) const override { return rows(2 * registers[from[0]].width); }
@@ -188,29 +207,30 @@ class FromBands final : public Bands {
         const float made = static_cast<float>(std::sqrt(level.noise / level.spread) * detail_);           // of those predicted
         const std::size_t width = p.width, channels = p.channels;
         const int half = p.width / 2;
-        const View &bands = run.views[from[0]], &in = run.views[from[1]];
+        const View &bands = run.views[from[0]], &mean = run.views[from[1]], &fine = run.views[from[2]];
         const Pairs pairs = pairs_of(piece, p.width, own);
         float* lines = own + 2 * pairs.count * width;
         for (int i = 0; i < pairs.count; ++i) {
             const std::size_t row = static_cast<std::size_t>(piece.begin + i) * half;
             const float* details = bands.picture(piece.picture) + row * bands.padded + 4 * channels + c;
-            const float* predicted = in.picture(piece.picture) + row * in.padded + c;
-            for (int j = 0; j < half; ++j, details += bands.padded, predicted += in.padded) {
-                lines[j] = predicted[0] * (coarse_ / (GAIN * GAIN));
-                lines[half + j] = details[0] * seen + predicted[channels] * made;
-                lines[2 * half + j] = details[channels] * seen + predicted[2 * channels] * made;
-                lines[3 * half + j] = (details[2 * channels] * seen + predicted[3 * channels] * made) * (GAIN * GAIN);
+            const float* low = mean.picture(piece.picture) + row * mean.padded + c;
+            const float* predicted = fine.picture(piece.picture) + row * fine.padded + c;
+            for (int j = 0; j < half; ++j, details += bands.padded, low += mean.padded, predicted += fine.padded) {
+                lines[j] = *low * (coarse_ / (GAIN * GAIN));
+                lines[half + j] = details[0] * seen + predicted[0] * made;
+                lines[2 * half + j] = details[channels] * seen + predicted[channels] * made;
+                lines[3 * half + j] = (details[2 * channels] * seen + predicted[2 * channels] * made) * (GAIN * GAIN);
             }
             float* rows[2] = {pairs.e(i), pairs.o(i)};
             for (int one = 0; one < 2; ++one) {
-                merge_line(lines + 2 * one * half, lines + (2 * one + 1) * half, half);
+                merge(Line{lines + 2 * one * half, lines + (2 * one + 1) * half, half, lines + 4 * half});
                 for (int j = 0; j < half; ++j) {
                     rows[one][2 * j] = lines[2 * one * half + j];
                     rows[one][2 * j + 1] = lines[(2 * one + 1) * half + j];
                 }
             }
         }
-        pairs.merge();
+        merge(pairs);
         const std::size_t plane = (piece.picture * channels + c) * p.height * width;
         for (int i = 2 * piece.first; i < 2 * piece.last; ++i) {
             const std::size_t at = plane + i * width;
@@ -224,8 +244,8 @@ class FromBands final : public Bands {
 }  // namespace
 
 std::unique_ptr<Layer> to_bands(std::size_t padded, float detail) { return std::make_unique<ToBands>(padded, detail); }
-std::unique_ptr<Layer> from_bands(int bands, int from, float detail, float coarse) {
-    return std::make_unique<FromBands>(bands, from, detail, coarse);
+std::unique_ptr<Layer> from_bands(int bands, int mean, int fine, float detail, float coarse) {
+    return std::make_unique<FromBands>(bands, mean, fine, detail, coarse);
 }
 
 }  // namespace sr3

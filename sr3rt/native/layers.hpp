@@ -25,6 +25,7 @@ Floats floats(std::size_t count);
 struct Register {
     std::size_t channels, padded;
     bool normed;  // a later layer needs the sums of its channels
+    bool still;   // it depends on x alone
 };
 
 // A register in a run. Sums: for each picture and unit (a part of the picture) the channels' sums, then their sums of squares.
@@ -117,8 +118,10 @@ std::unique_ptr<Layer> joined_planes(std::size_t padded);
 // The register as the run's result.
 std::unique_ptr<Layer> result(int from);
 
+// x with every `by`×`by` of a channel put into channels, as pixel_unshuffle does.
+std::unique_ptr<Layer> unshuffled(std::size_t padded, int by);
 // The bands of nets/compact.py: the register that the network sees, and the result from what it makes.
 std::unique_ptr<Layer> to_bands(std::size_t padded, float detail);
-std::unique_ptr<Layer> from_bands(int bands, int from, float detail, float coarse);
+std::unique_ptr<Layer> from_bands(int bands, int mean, int fine, float detail, float coarse);
 
 }  // namespace sr3

@@ -100,9 +100,9 @@ const Register& Network::checked(int index) const {
     return registers_[static_cast<std::size_t>(index)];
 }
 
-int Network::add(std::unique_ptr<Layer> layer, std::size_t channels) {
+int Network::add(std::unique_ptr<Layer> layer, std::size_t channels, bool still) {
     layer->to = static_cast<int>(registers_.size());
-    registers_.push_back({channels, rounded_up(channels, lanes()), false});
+    registers_.push_back({channels, rounded_up(channels, lanes()), false, still});
     const int to = layer->to;
     reads_.push_back(layer->from);
     layers_.push_back(std::move(layer));
@@ -115,6 +115,12 @@ void Network::add_last(std::unique_ptr<Layer> layer) {
 }
 
 int Network::joined_planes() { return add(sr3::joined_planes(rounded_up(2 * channels_, lanes())), 2 * channels_); }
+
+int Network::unshuffled(int by) {
+    if (by < 1 || by > 16) throw std::invalid_argument("unshuffled by " + std::to_string(by) + ", expected 1 to 16");
+    const std::size_t channels = static_cast<std::size_t>(by) * by * channels_;
+    return add(sr3::unshuffled(rounded_up(channels, lanes()), by), channels, true);
+}
 
 int Network::to_bands(float detail) { return add(sr3::to_bands(rounded_up(7 * channels_, lanes()), detail), 7 * channels_); }
 
@@ -148,8 +154,10 @@ int Network::convolution(ConvolutionOptions options, const float* weight, std::s
         projections_.push_back({*level, std::move(padded), outputs, options.scaled});
     }
     const int added = options.add;
+    const bool still_ones = std::all_of(options.from.begin(), options.from.end(), [this](int source) { return still(source); });
+    const bool stays = level == nullptr && still_ones && (added < 0 || still(added));
     auto layer = sr3::convolution(kernels_, registers_, std::move(options), weight, outputs, side, std::move(bias));
-    const int to = add(std::move(layer), outputs);
+    const int to = add(std::move(layer), outputs, stays);
     if (added >= 0) reads_.back().push_back(added);  // last, after the sources
     return to;
 }
@@ -157,12 +165,12 @@ int Network::convolution(ConvolutionOptions options, const float* weight, std::s
 int Network::attention(int from) {
     if (checked(from).channels % 3 != 0) throw std::invalid_argument("attention reads queries, keys and values of one width");
     const std::size_t channels = checked(from).channels / 3;
-    return add(sr3::attention(kernels_, registers_, from), channels);
+    return add(sr3::attention(kernels_, registers_, from), channels, still(from));
 }
 
 int Network::resampling(int from, Resample by) {
     const std::size_t channels = checked(from).channels;
-    return add(sr3::resampling(registers_, from, by), channels);
+    return add(sr3::resampling(registers_, from, by), channels, still(from));
 }
 
 void Network::result(int from) {
@@ -170,10 +178,10 @@ void Network::result(int from) {
     add_last(sr3::result(from));
 }
 
-void Network::from_bands(int bands, int from, float detail, float coarse) {
-    if (checked(bands).channels != 7 * channels_ || checked(from).channels != 4 * channels_)
-        throw std::invalid_argument("bands have 7 times the picture's channels, what is made of them 4 times");
-    add_last(sr3::from_bands(bands, from, detail, coarse));
+void Network::from_bands(int bands, int mean, int fine, float detail, float coarse) {
+    if (checked(bands).channels != 7 * channels_ || checked(mean).channels != 4 * channels_ || checked(fine).channels != 3 * channels_)
+        throw std::invalid_argument("bands have 7 times the picture's channels, their mean 4 times, the details 3 times");
+    add_last(sr3::from_bands(bands, mean, fine, detail, coarse));
 }
 
 std::size_t Network::register_size(std::size_t index, const Extent& extent, std::size_t count) const {
@@ -184,8 +192,17 @@ std::size_t Network::register_size(std::size_t index, const Extent& extent, std:
 Network::Plan Network::plan(std::size_t count, int height, int width) const {
     Plan plan{};
     std::vector<std::size_t> last(registers_.size(), 0);
+    plan.kept.resize(registers_.size());
     for (std::size_t i = 0; i < layers_.size(); ++i)
-        for (const int read : reads_[i]) last[read] = i;
+        for (const int read : reads_[i]) {
+            last[read] = i;
+            if (layers_[i]->to < 0 || !still(layers_[i]->to)) plan.kept[read] = still(read);
+        }
+    const auto place = [&](std::size_t index, std::size_t size, Arena& arena) {
+        if (!plan.kept[index]) return arena.take(size, last[index]);
+        plan.kept_size += size;
+        return plan.kept_size - size;
+    };
     Arena arena;
     Scratch most;
     plan.offsets.resize(registers_.size()), plan.sums.resize(registers_.size()), plan.extents.resize(registers_.size());
@@ -201,10 +218,10 @@ Network::Plan Network::plan(std::size_t count, int height, int width) const {
             if (extent.height < 1 || extent.width < 1) misfit(height, width);
             const bool adds = reads_[i].size() > layer.from.size();
             if (adds && !same(reads_[i].back(), extent)) misfit(height, width);
-            plan.offsets[to] = arena.take(register_size(to, extent, count), last[to]);
+            plan.offsets[to] = place(to, register_size(to, extent, count), arena);
             if (registers_[to].normed) {
                 if (extent.units == 0) throw std::invalid_argument("a norm reads what no convolution wrote");
-                plan.sums[to] = arena.take(rounded_up(count * extent.units * 4 * registers_[to].padded, 16), last[to]);
+                plan.sums[to] = place(to, rounded_up(count * extent.units * 4 * registers_[to].padded, 16), arena);
             }
         }
         const Scratch need = layer.scratch(plan.extents, count);
@@ -223,9 +240,16 @@ Extent Network::result_extent(int height, int width) const {
     return layers_.empty() || layers_.back()->to >= 0 ? Extent{} : layers_.back()->extent(made.extents, height, width);
 }
 
+// Floats of so many pictures.
+std::size_t Network::planes(std::size_t count, int height, int width) const {
+    return rounded_up(count * channels_ * static_cast<std::size_t>(height) * width, 16);
+}
+
 std::size_t Network::memory_of(std::size_t count, int height, int width) const {
-    const std::size_t size = plan(together(count, height, width), height, width).size, held = arena_size_;
-    return (size > held ? size - held : 0) * sizeof(float);
+    const std::size_t some = together(count, height, width), arena = arena_size_, kept = kept_size_;
+    const Plan plan = this->plan(some, height, width);
+    const std::size_t keeps = plan.kept_size == 0 ? 0 : planes(count, height, width) + count / some * plan.kept_size;
+    return ((plan.size > arena ? plan.size - arena : 0) + (keeps > kept ? keeps - kept : 0)) * sizeof(float);
 }
 
 // Scale and shift of each projection: for every picture first the scales of all channels, then the shifts.
@@ -254,6 +278,7 @@ std::vector<std::vector<float>> Network::levels(const Planar& planar) {
 
 void Network::forked() {
     new (&mutex_) std::mutex;
+    kept_.valid.assign(kept_.valid.size(), false);  // the other process may have been writing it
     pool_.forked();
 }
 
@@ -271,28 +296,59 @@ void Network::run(const Planar& planar) {
     const Extent made = layers_.back()->extent(plan.extents, planar.height, planar.width);
     const auto size_of = [&](int height, int width) { return planar.channels * static_cast<std::size_t>(height) * width; };
     const std::size_t size = size_of(planar.height, planar.width), out_size = size_of(made.height, made.width);
+    make_room(plan, planar, some);
+    for (std::size_t first = 0; first < planar.count; first += some) {  // `some` divides the count
+        Planar part = planar;
+        part.x += first * size, part.y += first * size, part.out += first * out_size, part.level += first, part.count = some;
+        if (plan.kept_size == 0) {
+            run_some(part, plan, nullptr, false);
+            continue;
+        }
+        const std::size_t group = first / some, bytes = some * size * sizeof(float);
+        float* x = kept_.memory.get() + first * size;
+        const bool again = kept_.valid[group] && std::memcmp(x, part.x, bytes) == 0;
+        kept_.valid[group] = again;  // not while it is being made
+        if (!again) std::memcpy(x, part.x, bytes);
+        part.x = x;  // the caller's may change meanwhile
+        float* registers = kept_.memory.get() + planes(planar.count, planar.height, planar.width);
+        run_some(part, plan, registers + group * plan.kept_size, again);
+        kept_.valid[group] = true;
+    }
+}
+
+void Network::make_room(const Plan& plan, const Planar& planar, std::size_t some) {
     if (plan.size > arena_size_) {
         arena_.reset(), arena_size_ = 0;
         arena_ = floats(plan.size);
         arena_size_ = plan.size;
     }
-    for (std::size_t first = 0; first < planar.count; first += some) {  // `some` divides the count
-        Planar part = planar;
-        part.x += first * size, part.y += first * size, part.out += first * out_size, part.level += first, part.count = some;
-        run_some(part, plan);
+    Kept& kept = kept_;
+    if (plan.kept_size == 0 ||
+        (kept.pictures == planar.count && kept.group == some && kept.height == planar.height && kept.width == planar.width))
+        return;
+    const std::size_t groups = planar.count / some, size = planes(planar.count, planar.height, planar.width) + groups * plan.kept_size;
+    kept.pictures = 0;  // until there is room
+    if (size > kept_size_) {
+        kept.memory.reset(), kept_size_ = 0;
+        kept.memory = floats(size);
+        kept_size_ = size;
     }
+    kept.pictures = planar.count, kept.group = some, kept.height = planar.height, kept.width = planar.width;
+    kept.valid.assign(groups, false);
 }
 
-void Network::run_some(const Planar& planar, const Plan& plan) {
+void Network::run_some(const Planar& planar, const Plan& plan, float* kept, bool again) {
     std::vector<View> views(registers_.size());
     for (std::size_t i = 0; i < views.size(); ++i) {
         const Extent& extent = plan.extents[i];
-        double* sums = registers_[i].normed ? reinterpret_cast<double*>(arena_.get() + plan.sums[i]) : nullptr;
-        views[i] = {arena_.get() + plan.offsets[i], extent.height, extent.width, registers_[i].padded, sums, extent.units};
+        float* from = plan.kept[i] ? kept : arena_.get();
+        double* sums = registers_[i].normed ? reinterpret_cast<double*>(from + plan.sums[i]) : nullptr;
+        views[i] = {from + plan.offsets[i], extent.height, extent.width, registers_[i].padded, sums, extent.units};
     }
     const std::vector<std::vector<float>> made = levels(planar);
     const Run run{kernels_, pool_, planar, views, made, arena_.get() + plan.shared, arena_.get() + plan.own, plan.own_size};
     for (const auto& layer : layers_) {
+        if (again && layer->to >= 0 && still(layer->to)) continue;
         if (layer->to >= 0 && views[layer->to].sums != nullptr) {
             const View& view = views[layer->to];
             std::memset(view.sums, 0, planar.count * view.units * 2 * view.padded * sizeof(double));

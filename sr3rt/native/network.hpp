@@ -38,18 +38,20 @@ class Network {
 
     // Each adds a layer and returns the register that it writes. Raise std::invalid_argument when they do not fit.
     int joined_planes();  // x and y
+    int unshuffled(int by);  // x
     int to_bands(float detail);
     int convolution(ConvolutionOptions, const float* weight, std::size_t outputs, std::size_t inputs, int side, std::vector<float> bias,
                     const Linear* level);
     int attention(int from);
     int resampling(int from, Resample by);
     void result(int from);
-    void from_bands(int bands, int from, float detail, float coarse);
+    void from_bands(int bands, int mean, int fine, float detail, float coarse);
 
     // To be called first in a process that was forked: it has neither the network's threads nor the one that may have been in `run`.
     void forked();
 
-    // Safe to call from several threads: one runs at a time, with all of the network's threads.
+    // Safe to call from several threads: one runs at a time, with all of the network's threads. What depends on x alone is kept
+    // until the next run, which computes it only for pictures whose x is another.
     void run(const Planar&);
 
     std::size_t channels() const { return channels_; }
@@ -68,16 +70,27 @@ class Network {
     struct Plan {
         std::vector<Extent> extents;
         std::vector<std::size_t> offsets, sums;
-        std::size_t shared, own, own_size, size;
+        std::vector<bool> kept;  // registers that lie in Kept instead
+        std::size_t shared, own, own_size, size, kept_size;
+    };
+    // What depends on x alone, of the last run's groups of pictures, after the x that it was made of.
+    struct Kept {
+        std::size_t pictures = 0, group = 0;
+        int height = 0, width = 0;
+        Floats memory;
+        std::vector<bool> valid;
     };
 
-    int add(std::unique_ptr<Layer>, std::size_t channels);
+    int add(std::unique_ptr<Layer>, std::size_t channels, bool still = false);
+    bool still(int index) const { return registers_[static_cast<std::size_t>(index)].still; }
     void add_last(std::unique_ptr<Layer>);
     const Register& checked(int index) const;
     std::size_t lanes() const { return static_cast<std::size_t>(kernels_.lanes); }
     std::size_t register_size(std::size_t index, const Extent&, std::size_t count) const;
     std::size_t together(std::size_t count, int height, int width) const;  // pictures that are run at a time
-    void run_some(const Planar&, const Plan&);
+    std::size_t planes(std::size_t count, int height, int width) const;
+    void make_room(const Plan&, const Planar&, std::size_t some);
+    void run_some(const Planar&, const Plan&, float* kept, bool again);
     Plan plan(std::size_t count, int height, int width) const;
     std::vector<std::vector<float>> levels(const Planar&);
 
@@ -91,7 +104,8 @@ class Network {
     std::vector<Projection> projections_;
     std::mutex mutex_;  // guards the rest, and the pool
     Floats arena_;
-    std::atomic<std::size_t> arena_size_{0};
+    Kept kept_;
+    std::atomic<std::size_t> arena_size_{0}, kept_size_{0};
 };
 
 }  // namespace sr3

@@ -45,6 +45,38 @@ class JoinedPlanes final : public Layer {
     std::size_t padded_;
 };
 
+class Unshuffled final : public Layer {
+   public:
+    Unshuffled(std::size_t padded, int by) : padded_(padded), by_(by) {}
+
+    Extent extent(const std::vector<Extent>&, int height, int width) const override {
+        return height % by_ == 0 && width % by_ == 0 ? Extent{height / by_, width / by_, 0} : Extent{};
+    }
+    Scratch scratch(const std::vector<Extent>&, std::size_t) const override { return {}; }
+
+    void run(const Run& run) const override {
+        const Planar& p = run.planar;
+        const View& out = run.views[to];
+        over_rows(run, out.height, [&](std::size_t n, int first, int last, unsigned) {
+            float* pixels = out.picture(n) + static_cast<std::size_t>(first) * out.width * padded_;
+            const std::size_t plane = static_cast<std::size_t>(p.height) * p.width, side = by_;
+            std::fill_n(pixels, static_cast<std::size_t>(last - first) * out.width * padded_, 0.0f);
+            for (std::size_t c = 0; c < p.channels; ++c)
+                for (int row = first * by_; row < last * by_; ++row) {
+                    const float* line = p.x + (n * p.channels + c) * plane + static_cast<std::size_t>(row) * p.width;
+                    float* to_row = pixels + static_cast<std::size_t>(row / by_ - first) * out.width * padded_;
+                    to_row += (c * side + row % by_) * side;
+                    for (int column = 0; column < out.width; ++column)
+                        for (std::size_t i = 0; i < side; ++i) to_row[column * padded_ + i] = line[column * side + i];
+                }
+        });
+    }
+
+   private:
+    std::size_t padded_;
+    int by_;
+};
+
 class Result final : public Layer {
    public:
     explicit Result(int source) { from = {source}; }
@@ -96,6 +128,7 @@ class Resampling final : public Layer {
 }  // namespace
 
 std::unique_ptr<Layer> joined_planes(std::size_t padded) { return std::make_unique<JoinedPlanes>(padded); }
+std::unique_ptr<Layer> unshuffled(std::size_t padded, int by) { return std::make_unique<Unshuffled>(padded, by); }
 std::unique_ptr<Layer> result(int from) { return std::make_unique<Result>(from); }
 std::unique_ptr<Layer> resampling(const std::vector<Register>&, int from, Resample by) { return std::make_unique<Resampling>(from, by); }
 

@@ -154,6 +154,7 @@ class Case {
         });
         maps_.push_back(planes);
         normable_.push_back(false);
+        if (chance(0.4)) unshuffle();
         for (int i = random(1, 3); i > 0; --i) chance(0.2) ? attend() : convolve(width());
         convolve(channels_);
         network_.result(register_);
@@ -162,7 +163,10 @@ class Case {
     // The largest difference over the largest value, NaN counting as one.
     double error() {
         const Maps& expected = maps_.back();
-        std::vector<float> out(expected.values.size(), NAN);
+        std::vector<float> out(expected.values.size(), NAN), other(y_.rbegin(), y_.rend());
+        // What depends on x alone is kept from here on.
+        network_.run({x_.data(), other.data(), levels_.data(), out.data(), std::size_t(channels_), std::size_t(count_), height_, width_});
+        std::fill(out.begin(), out.end(), NAN);
         network_.run({x_.data(), y_.data(), levels_.data(), out.data(), std::size_t(channels_), std::size_t(count_), height_, width_});
         double most = 1e-3, worst = 0;
         for (const double value : expected.values) most = std::max(most, std::fabs(value));
@@ -193,6 +197,19 @@ class Case {
         const int half = features_;
         const double phase = 3.0 * levels_[n] * encoding_.frequencies[i % half];
         return i < half ? std::sin(phase) : std::cos(phase);
+    }
+
+    // x, and a convolution or two that may not see y.
+    void unshuffle() {
+        const int by = height_ % 2 == 0 && width_ % 2 == 0 ? random(1, 2) : 1;
+        register_ = network_.unshuffled(by);
+        maps_.push_back(made(count_, by * by * channels_, height_ / by, width_ / by, [&](int n, int c, int y, int x) {
+            const int place = c % (by * by), row = y * by + place / by, column = x * by + place % by;
+            return double(x_[((std::size_t(n) * channels_ + c / (by * by)) * height_ + row) * width_ + column]);
+        }));
+        normable_.push_back(false);
+        text_ += " unshuffled by " + std::to_string(by);
+        for (int i = random(1, 2); i > 0; --i) convolve(width());
     }
 
     void attend() {
