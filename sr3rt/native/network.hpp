@@ -51,7 +51,7 @@ class Network {
     void forked();
 
     // Safe to call from several threads: one runs at a time, with all of the network's threads. What depends on x alone is kept
-    // until the next run, which computes it only for pictures whose x is another.
+    // until the next run, which computes it only for groups of pictures (all, or one by one) in which an x is another.
     void run(const Planar&);
 
     std::size_t channels() const { return channels_; }
