@@ -6,6 +6,7 @@ The graph is of opset 21, with free batch, height and width. A value is named af
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -225,23 +226,22 @@ class _Writer:
         places = self.node("SpaceToDepth", values[0], blocksize=by)
         return self.node("Gather", places, self.constant(order, np.int64), axis=1), by * by * channels[0]
 
-    def do_to_bands(self, values: tuple[str, str], channels: tuple[int, int], *, detail: float) -> tuple[str, int]:
-        x, y = values
-        places, _ = self.do_unshuffle((x,), channels[:1], by=2)
-        details = self.node("Mul", self._details(x, y), self._everywhere(self._root(detail)))
-        return self.node("Concat", places, details, axis=1), 7 * channels[0]
+    def do_to_bands(self, values: tuple[str, str, str], channels: tuple[int, int, int], *, detail: float) -> tuple[str, int]:
+        x, y, places = values
+        mean = self._mean(x, places, channels[0], channels[2])
+        seen, _ = self.do_unshuffle((mean,), channels[:1], by=2)
+        details = self.node("Mul", self._details(mean, y), self._everywhere(self._root(detail)))
+        return self.node("Concat", seen, details, axis=1), 7 * channels[0]
 
-    def do_from_bands(
-        self, values: tuple[str, str, str, str], channels: tuple[int, int, int, int], *, detail: float, coarse: float
-    ) -> tuple[str, int]:
-        x, y, mean, fine = values
-        low, _ = self.split(mean, channels[0], 3 * channels[0])
+    def do_from_bands(self, values: tuple[str, str, str, str], channels: tuple[int, int, int, int], *, detail: float) -> tuple[str, int]:
+        x, y, places, fine = values
+        mean = self._mean(x, places, channels[0], channels[2])
         kept = self._everywhere(self.node("Div", self.scaled("level", detail**2), self._spread(detail)))
         made = self._everywhere(self.node("Mul", self.scaled(self.node("Sqrt", self._noise()), detail), self._root(detail)))
-        both = self.node("Add", self.node("Mul", self._details(x, y), kept), self.node("Mul", fine, made))
+        both = self.node("Add", self.node("Mul", self._details(mean, y), kept), self.node("Mul", fine, made))
         first, second, third = self.split(both, *[channels[0]] * 3)
-        rows = self._merged(self.scaled(low, coarse), first, WIDTH), self._merged(second, third, WIDTH)
-        return self.node("Add", x, self._merged(*rows, HEIGHT)), channels[0]
+        rows = self._merged(self.scaled(first, 0.0), first, WIDTH), self._merged(second, third, WIDTH)
+        return self.node("Add", mean, self._merged(*rows, HEIGHT)), channels[0]
 
     # --- wavelets
 
@@ -252,13 +252,22 @@ class _Writer:
         """1 / sqrt(spread)."""
         return self._once(("root", detail), lambda: self.node("Reciprocal", self.node("Sqrt", self._spread(detail))))
 
-    def _details(self, x: str, y: str) -> str:
+    def _mean(self, x: str, places: str, channels: int, held: int) -> str:
+        """x and what `places` holds for each square of it."""
+
         def make() -> str:
-            low, high = self._split(self.node("Sub", y, self.node("Mul", self._everywhere("level"), x)), HEIGHT)
+            side = math.isqrt(held // channels)
+            return self.node("Add", x, self.node("DepthToSpace", places, blocksize=side, mode="CRD"))
+
+        return self._once(("mean", x, places), make)
+
+    def _details(self, mean: str, y: str) -> str:
+        def make() -> str:
+            low, high = self._split(self.node("Sub", y, self.node("Mul", self._everywhere("level"), mean)), HEIGHT)
             _, first = self._split(low, WIDTH)
             return self.node("Concat", first, *self._split(high, WIDTH), axis=1)
 
-        return self._once(("details", x, y), make)
+        return self._once(("details", mean, y), make)
 
     def _lifted(self, line: str, other: str, step: int, axis: int, *, back: bool = False) -> str:
         """A step of the lifting on `line`, or its undoing: odd places where `step` is even, from their neighbours in `other`.

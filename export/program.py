@@ -98,8 +98,8 @@ class _Writer:
     def unshuffle(self, source: str, by: int, to: str) -> str:
         return self._write("unshuffle", [source], to, by=by)
 
-    def bands(self, do: Literal["to_bands", "from_bands"], sources: Iterable[str], to: str, **deviations: float) -> str:
-        return self._write(do, sources, to, **deviations)
+    def bands(self, do: Literal["to_bands", "from_bands"], sources: Iterable[str], to: str) -> str:
+        return self._write(do, sources, to, detail=compact.DETAIL)
 
     def _write(self, do: str, sources: Iterable[str], to: str, **rest: Any) -> str:
         self.operations.append({"do": do, "from": list(sources), "to": to, **rest})
@@ -194,9 +194,9 @@ def _compact(net: compact.CompactUNet) -> Program:
     for block in net.mean.blocks:
         h = write.convolution([features], block.conv1, after="silu")
         features = write.convolution([h], block.conv2, add=features)
-    mean = write.convolution([features], net.mean.last, resample="up")
+    mean = write.convolution([features], net.mean.last, gain=compact.MEAN)
 
-    h = write.convolution([write.bands("to_bands", ["x", "y"], "bands", detail=compact.DETAIL), mean], net.first)
+    h = write.convolution([write.bands("to_bands", ["x", "y", mean], "bands")], net.first)
     skips = []
     for i, blocks in enumerate(net.down):
         sources = [h, features] if i == 1 else [h]
@@ -212,7 +212,7 @@ def _compact(net: compact.CompactUNet) -> Program:
             h = residual(sources, block)
             sources = [h]
     h = write.convolution([h], net.last, silu=True)
-    write.bands("from_bands", ["x", "y", mean, h], "out", detail=compact.DETAIL, coarse=compact.COARSE)
+    write.bands("from_bands", ["x", "y", mean, h], "out")
     return write.program("log_sigma", f"{write.name(net.embedding)}.frequencies", net.embedding.mlp, silu=True)
 
 

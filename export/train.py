@@ -1,10 +1,16 @@
-"""Train the small model that ships: `python export/train.py --images DIR -o FILE.safetensors`, then `python export/to_onnx.py FILE…`.
+"""Train the small model that ships, its two parts one after the other:
+
+    python export/train.py mean --images DIR -o FIRST.safetensors
+    python export/train.py mean --images DIR -o SECOND.safetensors --start FIRST.safetensors
+    python export/train.py average FIRST.safetensors SECOND.safetensors -o MEAN.safetensors
+    python export/train.py details --images DIR -o FILE.safetensors --start MEAN.safetensors
+    python export/to_onnx.py FILE.safetensors …
 
 Photographs are cropped at random scales, turned and recoloured; the low-resolution picture is made by PIL's bicubic, as the runtime's
-condition is. Both parts of the network are trained at once: the mean of all bands by the logarithm of its squared error, and what
-samples the details by the mean square of its scaled error (EDM, arXiv 2206.00364, eq. 8), at a γ drawn as the paper does (section 2.4: t
-uniform, then γ uniform between its neighbours on the trained schedule). An exponential moving average of the weights is what is saved.
-Interrupting is safe: the run resumes from `FILE.state`. `--start` continues from the weights of a bundle or of another such file instead.
+condition is. The mean of all bands is trained by the logarithm of its squared error, and what samples the details by the mean square of
+its scaled error (EDM, arXiv 2206.00364, eq. 8), at a γ drawn as the paper does (section 2.4: t uniform, then γ uniform between its
+neighbours on the trained schedule). An exponential moving average of the weights is what is saved. Interrupting is safe: the run
+resumes from `FILE.state`. `--start` takes the first weights from a bundle or from another such file.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -24,6 +30,7 @@ from cyclopts import App, Parameter
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -32,13 +39,16 @@ from sr3rt import _native
 from sr3rt.bundle import WEIGHTS, Bundle
 from sr3rt.cli import run_command
 from sr3rt.errors import MissingExtra, OptionError
-from sr3rt.export.nets.compact import COARSE, DETAIL, SCALE, CompactConfig, CompactUNet, bands, from_bands
+from sr3rt.export.nets.compact import DETAIL, SCALE, CompactConfig, CompactUNet, Mean, PlainBlock, bands
+from sr3rt.export.nets.turning import Lifted, Lowered, Turned, tie, untie
 from sr3rt.safetensors import Weights
 from sr3rt.work import READ
 
 TYPICAL = 0.002  # median over crops of the energy of x's details at half resolution
 LEAST = 3e-5  # squared error, pictures in [-1, 1], below which a crop is as good as right: 0.7 of 255, squared
 WARM = 300  # steps over which the rate rises
+OBLIQUE = 0.7  # share of the mean's crops that are turned by any angle, which softens the finest details a little
+Part = Literal["mean", "details"]
 Pixels = NDArray[np.uint8]
 
 
@@ -51,7 +61,7 @@ def path_gammas(steps: int = 1000, middle: float = 0.16) -> NDArray[np.float64]:
     return 1 / (1 + (middle * t / (1 - t)) ** 2)
 
 
-def run_gammas(steps: int = 1000, largest: float = 3.95) -> NDArray[np.float64]:
+def run_gammas(steps: int = 1000, largest: float = 5.0) -> NDArray[np.float64]:
     """γ that runs respace: σ_t = largest·t, t = i/steps, where a start is nearly as good as noise.
 
     Evenly in σ: few steps then decide what has most energy and leave out the noise that is less than a step, which costs decibels in
@@ -87,11 +97,12 @@ def pyramid(picture: Pixels) -> list[Pixels]:
 class Crops(IterableDataset[tuple[Tensor, Tensor]]):
     """Batches of random crops without end: x, y0, uint8 (B, H, W, 3)."""
 
-    def __init__(self, pictures: list[Pixels], *, crop: int, batch: int, seed: tuple[int, ...]) -> None:
+    def __init__(self, pictures: list[Pixels], *, crop: int, batch: int, seed: tuple[int, ...], oblique: float = 0.0) -> None:
         self.levels = [level for picture in pictures for level in pyramid(picture) if min(level.shape[:2]) >= crop]
-        areas = np.array([level.shape[0] * level.shape[1] for level in self.levels], dtype=np.float64)
-        self.weights = np.sqrt(areas) / np.sqrt(areas).sum()
-        self.crop, self.size, self.seed = crop, batch, seed
+        self.weights = _by_side(self.levels)
+        self.wholes = [Image.fromarray(picture) for picture in pictures if min(picture.shape[:2]) >= 2.5 * crop]
+        self.chances = _by_side([np.asarray(whole) for whole in self.wholes])
+        self.crop, self.size, self.seed, self.share = crop, batch, seed, oblique
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = torch.utils.data.get_worker_info()
@@ -104,23 +115,50 @@ class Crops(IterableDataset[tuple[Tensor, Tensor]]):
     def pair(self, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
         """A crop, turned, mirrored, now and then recoloured; and what bicubic makes of its reduction."""
         size = self.crop
-        source = self.levels[rng.choice(len(self.levels), p=self.weights)]
-        top, left = (int(rng.integers(0, n - size + 1)) for n in source.shape[:2])
-        high = np.rot90(source[top : top + size, left : left + size], k=int(rng.integers(4)))
+        high = self.oblique(rng) if self.wholes and rng.random() < self.share else self.upright(rng)
         high = recoloured(np.ascontiguousarray(high[:, ::-1] if rng.integers(2) else high), rng)
         low = Image.fromarray(high).resize((size // SCALE,) * 2, Image.Resampling.BICUBIC)
         return np.asarray(low.resize((size, size), Image.Resampling.BICUBIC)), high
 
+    def upright(self, rng: np.random.Generator) -> Pixels:
+        """Pixels as they are, turned by quarters."""
+        source = self.levels[rng.choice(len(self.levels), p=self.weights)]
+        top, left = (int(rng.integers(0, n - self.crop + 1)) for n in source.shape[:2])
+        return np.rot90(source[top : top + self.crop, left : left + self.crop], k=int(rng.integers(4)))
+
+    def oblique(self, rng: np.random.Generator) -> Pixels:
+        """Turned by any angle, narrowed, and made smaller so that it is sharp: edges and shapes that the photographs do not have."""
+        source = self.wholes[rng.choice(len(self.wholes), p=self.chances)]
+        wide, high = (self.crop / rng.uniform(0.57, 0.95, 2)).round().astype(int)
+        angle = rng.uniform(0, 2 * math.pi)
+        cos, sin = math.cos(angle), math.sin(angle)
+        reach = (abs(cos) * wide + abs(sin) * high) / 2, (abs(sin) * wide + abs(cos) * high) / 2
+        x, y = (rng.uniform(r, n - r) for r, n in zip(reach, source.size, strict=True))
+        corner = x - (cos * wide - sin * high) / 2, y - (sin * wide + cos * high) / 2
+        tilted = source.transform(
+            (wide, high), Image.Transform.AFFINE, (cos, -sin, corner[0], sin, cos, corner[1]), Image.Resampling.BICUBIC
+        )
+        return np.asarray(tilted.resize((self.crop, self.crop), Image.Resampling.LANCZOS))
+
+
+def _by_side(pictures: list[Pixels]) -> NDArray[np.float64]:
+    """Chances in proportion to a side's length."""
+    sides = np.sqrt(np.array([picture.shape[0] * picture.shape[1] for picture in pictures], dtype=np.float64))
+    chances: NDArray[np.float64] = sides / sides.sum()
+    return chances
+
 
 def recoloured(pixels: Pixels, rng: np.random.Generator) -> Pixels:
-    """At times with colours exchanged, negative, or of another contrast and brightness: few photographs show few colours."""
-    if rng.random() < 0.3:
+    """At times with colours exchanged, paler or stronger, negative, or of another contrast and brightness: few photographs show few."""
+    if rng.random() < 0.4:
         pixels = np.ascontiguousarray(pixels[..., rng.permutation(3)])
     if rng.random() < 0.15:
         pixels = 255 - pixels
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         middle, contrast, brighter = rng.uniform(80, 170), rng.uniform(0.5, 1.15), rng.uniform(-20, 20)
-        pixels = ((pixels - middle) * contrast + middle + brighter).round().clip(0, 255).astype(np.uint8)
+        grey = pixels.mean(axis=2, keepdims=True)
+        coloured = grey + (pixels - grey) * rng.uniform(0.0, 1.3)
+        pixels = ((coloured - middle) * contrast + middle + brighter).round().clip(0, 255).astype(np.uint8)
     return pixels
 
 
@@ -131,35 +169,58 @@ def draw_gamma(gammas: NDArray[np.float64], batch: int, rng: np.random.Generator
     return torch.from_numpy(rng.uniform(edges[t + 1], edges[t]))[:, None].clamp_(max=1 - 1e-7)
 
 
-def loss_of(net: CompactUNet, x: Tensor, y0: Tensor, gamma: Tensor) -> Tensor:
-    """Of both parts: the logarithm of the mean's squared error, and the weighed error of what samples. gamma: (B, 1) float64.
-
-    Quality is judged by the mean of decibels, a logarithm, in which a picture with little contrast counts as much as one with a lot.
-    What samples cannot be judged so, as its error is mostly noise that no one foretells: each crop's weight is about the inverse of
-    the error that bicubic makes there, as far as `x` tells it: the energy of its details at half resolution, which explains 90 % of the
-    logarithm's variance. A weight that knew y0 would bias the prediction. Its loss does not change the features that it is given.
+def mean_loss(net: CompactUNet, x: Tensor, y0: Tensor) -> Tensor:
+    """The logarithm of a crop's squared error: quality is judged by the mean of decibels, in which a picture with little contrast
+    counts as much as one with a lot.
     """
+    _, mean = net.mean(x)
+    errors = (mean - y0).square().mean((1, 2, 3))
+    loss: Tensor = (errors + LEAST).log().mean()
+    return loss
+
+
+def details_loss(net: CompactUNet, x: Tensor, y0: Tensor, gamma: Tensor) -> Tensor:
+    """The weighed error of what samples. gamma: (B, 1) float64.
+
+    It cannot be judged by its logarithm, as the error is mostly noise that no one foretells: each crop's weight is about the inverse of
+    the error that bicubic makes there, as far as `x` tells it: the energy of its details at half resolution, which explains 90 % of the
+    logarithm's variance. A weight that knew y0 would bias the prediction.
+    """
+    with torch.no_grad():
+        features, mean = net.mean(x)
     sigma = (1 / gamma - 1).sqrt().to(torch.float32)[:, :, None, None]
     spread = (sigma**2 + DETAIL**2).sqrt()
-    channels = net.config.channels
-    features, mean = net.mean(x)
-    coarse, middle = mean.float().split([channels, 3 * channels], dim=1)
-    errors = (x + from_bands(coarse * COARSE, middle * DETAIL) - y0).square().mean((1, 2, 3))
-    _, details = bands(y0 - x)
+    _, details = bands(y0 - mean)
     noise = torch.randn_like(details)
     target = (details * sigma - noise * DETAIL**2) / (DETAIL * spread)
-    fine = net.inner(x, (details + sigma * noise) / spread, sigma.flatten(1).log(), features.detach(), mean.detach())
+    fine = net.inner(mean, (details + sigma * noise) / spread, sigma.flatten(1).log(), features)
     weight = 1 / (bands(bands(x)[0])[1].square().mean((1, 2, 3)) / TYPICAL + 0.2)
-    return (errors + LEAST).log().mean() + (weight * (fine - target).square().mean((1, 2, 3))).mean()
+    return (weight * (fine - target).square().mean((1, 2, 3))).mean()
+
+
+def turning(mean: Mean) -> None:
+    """From now on the features of `mean` turn and mirror as x does (export/nets/turning.py)."""
+    tie(mean.first, Lifted(SCALE))
+    for block in mean.blocks:
+        assert isinstance(block, PlainBlock)
+        tie(block.conv1, Turned())
+        tie(block.conv2, Turned())
+    tie(mean.last, Lowered(SCALE))
 
 
 class Run:
-    """Everything that a resumed run needs: weights, moving average, optimiser, step."""
+    """Everything that a resumed run needs: weights, moving average, optimiser, step. One part of the network is trained."""
 
-    def __init__(self, net: CompactUNet, *, rate: float, decay: float, device: str) -> None:
-        self.net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def __init__(self, net: CompactUNet, part: Part, *, rate: float, decay: float, device: str) -> None:
+        self.net, self.part = net.to(device=device, memory_format=torch.channels_last), part  # type: ignore[call-overload]
+        if part == "mean":
+            turning(net.mean)
+        mean = set(net.mean.parameters())
+        for parameter in net.parameters():
+            parameter.requires_grad_((parameter in mean) is (part == "mean"))
+        self.trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.average = {name: p.detach().clone() for name, p in self.net.state_dict().items()}
-        self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+        self.optimiser = torch.optim.AdamW(self.trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.05, fused=True)
         self.decay, self.step, self.seconds = decay, 0, 0.0
 
     def update(self, loss: Tensor, rate: float) -> None:
@@ -167,9 +228,7 @@ class Run:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        mean = set(self.net.mean.parameters())  # the parts learn apart: neither's gradient shortens the other's
-        for part in (mean, set(self.net.parameters()) - mean):
-            torch.nn.utils.clip_grad_norm_(part, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimiser.step()
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
@@ -192,7 +251,12 @@ class Run:
 
 def write_weights(run: Run, gammas: NDArray[np.float64], out: Path) -> None:
     """The moving average and the schedule of runs, as safetensors that `export/to_onnx.py` recognises."""
-    tensors = {name: value.cpu().contiguous() for name, value in run.average.items()}
+    net = CompactUNet(run.net.config)  # a deep copy would share the classes that parametrizations made
+    if run.part == "mean":
+        turning(net.mean)
+    net.load_state_dict(run.average)
+    untie(net)
+    tensors = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
     tensors["gammas"] = torch.from_numpy(gammas.copy())
     metadata = {"config": json.dumps(asdict(run.net.config)), "architecture": "compact", "scale": str(SCALE), "step": str(run.step)}
     temporary = out.with_suffix(".partial")
@@ -216,15 +280,16 @@ def from_file(path: Path) -> CompactUNet:
 
 
 def train(
+    part: Part,
     *,
     images: Path,
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     hold_out: str = "kodim2[1-4].*",
     start: Path | None = None,
-    minutes: float = 120,
+    minutes: float = 60,
     batch: int = 8,
-    crop: int = 96,
-    rate: float = 6e-4,
+    crop: int = 128,
+    rate: float = 1e-3,
     decay: float = 0.999,
     device: str = "cpu",
     threads: int = 2,
@@ -235,6 +300,8 @@ def train(
 
     Parameters
     ----------
+    part
+        mean: what is computed once per picture. details: what samples, given the mean of --start.
     images
         Folder of .png photographs.
     output
@@ -264,9 +331,11 @@ def train(
     """
     if minutes <= 0:
         raise OptionError(f"--minutes must be more than 0, found {minutes:g}")
+    if part == "details" and start is None:
+        raise OptionError("details are drawn given a mean: give --start FILE, which `train.py mean` wrote, or a bundle")
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
-    run = Run(from_file(start) if start else CompactUNet(CompactConfig()), rate=rate, decay=decay, device=device)
+    run = Run(from_file(start) if start else CompactUNet(CompactConfig()), part, rate=rate, decay=decay, device=device)
     state = output.with_suffix(".state")
     if state.exists():
         run.resume(state)
@@ -279,13 +348,12 @@ def train(
     losses: list[Tensor] = []
     limit = minutes * 60
     half = device != "cpu" or bool(_native.bfloat16())
-    crops = Crops(pictures, crop=crop, batch=batch, seed=(seed, run.step))
+    crops = Crops(pictures, crop=crop, batch=batch, seed=(seed, run.step), oblique=OBLIQUE if part == "mean" else 0.0)
     begin = time.monotonic()
     for pair in DataLoader(crops, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
         x, y0 = (side.to(device).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1) for side in pair)
-        gamma = draw_gamma(gammas, batch, rng).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = loss_of(run.net, x, y0, gamma)
+            loss = mean_loss(run.net, x, y0) if part == "mean" else details_loss(run.net, x, y0, draw_gamma(gammas, batch, rng).to(device))
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, run.seconds / limit)))
         run.update(loss, rate * min(1.0, (run.step + 1) / WARM) * max(0.02, fall))
         losses.append(loss.detach())
@@ -302,7 +370,30 @@ def train(
             break
 
 
+def average(first: Path, second: Path, *, output: Annotated[Path, Parameter(name=["--output", "-o"])]) -> None:
+    """The average of two runs' weights, one of which began where the other ended (Wortsman et al. 2022, arXiv 2203.05482).
+
+    It predicts photographs that neither was trained on better than both.
+
+    Parameters
+    ----------
+    first, second
+        Safetensors files of this script.
+    output
+        Safetensors file to write.
+    """
+    ours, theirs = (load_file(path) for path in (first, second))
+    if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
+        raise OptionError(f"{first} and {second} are of different networks: expected two files of this script with the same tensors")
+    with safe_open(first, "pt") as opened:
+        metadata = opened.metadata()
+    temporary = output.with_suffix(".partial")
+    save_file({name: torch.lerp(ours[name], theirs[name], 0.5) for name in ours}, temporary, metadata=metadata)
+    os.replace(temporary, output)
+
+
 if __name__ == "__main__":
-    app = App(help=__doc__)
+    app = App(help=__doc__, help_format="plaintext")
     app.default(train)
+    app.command(average)
     run_command(app)

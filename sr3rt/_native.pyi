@@ -100,7 +100,7 @@ class Network:
         """x and y as one register."""
 
     def unshuffled(self, by: int) -> int: ...
-    def to_bands(self, detail: float) -> int: ...
+    def to_bands(self, mean: int, detail: float) -> int: ...
     def convolution(
         self,
         sources: list[int],
@@ -123,7 +123,7 @@ class Network:
     def result(self, source: int) -> None:
         """That register is the network's prediction."""
 
-    def from_bands(self, bands: int, mean: int, fine: int, detail: float, coarse: float) -> None: ...
+    def from_bands(self, bands: int, mean: int, fine: int, detail: float) -> None: ...
     def run(self, x: NDArray[np.float32], y: NDArray[np.float32], level: NDArray[np.float32], out: NDArray[np.float32]) -> None:
         """x, y (N, C, H, W) and level (N, 1) -> out (N, C, H, W), which may not share memory with the others.
 

@@ -14,13 +14,13 @@ from sr3rt.bundle import PROGRAM, WEIGHTS, Bundle
 from sr3rt.errors import BundleCorrupt
 from sr3rt.safetensors import Weights
 
-FORMAT = 2
+FORMAT = 3
 LIFT = (  # of the wavelet: predict, update, predict; each step's taps from the nearest pair of neighbours outwards
     (-0.25449, 0.07703, -0.05229, 0.02829),
     (0.4592, -0.14136, 0.09, -0.05147),
     (-0.270539, 0.08357, -0.05346, 0.03101),
 )
-GAIN = 0.98704  # of its coarse band, which makes the transform nearly orthonormal
+GAIN = 0.98704  # of its low band, which makes the transform nearly orthonormal
 Program = Mapping[str, Any]
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -30,7 +30,7 @@ _KEYS = {
     "attention": {"from", "to"},
     "unshuffle": {"from", "to", "by"},
     "to_bands": {"from", "to", "detail"},
-    "from_bands": {"from", "to", "detail", "coarse"},
+    "from_bands": {"from", "to", "detail"},
 }
 
 

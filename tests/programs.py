@@ -37,12 +37,11 @@ def convolution(**changes: Any) -> Program:
 
 
 def bands(way: str, to: str, *sources: str, detail: float = 1.0) -> Program:
-    coarse = {"coarse": 1.0} if way == "from" else {}
-    return {"do": f"{way}_bands", "from": list(sources), "to": to, "detail": detail, **coarse}
+    return {"do": f"{way}_bands", "from": list(sources), "to": to, "detail": detail}
 
 
 def program(*operations: Program, **changes: Any) -> Program:
-    return {"format": 2, "level": LEVEL, "operations": list(operations), **changes}
+    return {"format": 3, "level": LEVEL, "operations": list(operations), **changes}
 
 
 def random(*shape: int) -> Floats:

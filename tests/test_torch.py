@@ -120,7 +120,7 @@ def test_a_bundle_without_a_program_or_with_a_wrong_one_is_refused(on_host: Cuda
         operations = [one | change if i == 1 else one for i, one in enumerate(program["operations"])]
         (bundle / PROGRAM).write_text(json.dumps(program | {"operations": operations}))
         write_manifest(bundle, Bundle.open(SHIPPED).manifest)
-        with pytest.raises(BundleCorrupt, match=r"network\.json is not a program of format 2: .*Export the bundle again"):
+        with pytest.raises(BundleCorrupt, match=r"network\.json is not a program of format 3: .*Export the bundle again"):
             load(Bundle.open(bundle), Request("torch"))
     (bundle / PROGRAM).unlink()
     write_manifest(bundle, Bundle.open(SHIPPED).manifest)

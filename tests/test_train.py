@@ -1,4 +1,4 @@
-"""The training script: what its two parts learn from, and that it makes a network which the exporter knows."""
+"""The training script: what the network's two parts learn from, and that it makes a network which the exporter knows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("skimage")
 
 from sr3rt.errors import OptionError  # noqa: E402
 from sr3rt.export.checkpoint import read  # noqa: E402
 from sr3rt.export.nets.compact import CompactConfig, CompactUNet  # noqa: E402
-from sr3rt.export.train import Crops, draw_gamma, from_file, loss_of, path_gammas, recoloured, train  # noqa: E402
+from sr3rt.export.nets.turning import TURNS, turned, untie  # noqa: E402
+from sr3rt.export.train import Crops, Part, average, draw_gamma, from_file, path_gammas, recoloured, train, turning  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 
@@ -41,39 +43,88 @@ def test_levels_fall_evenly_on_the_path() -> None:
     assert gammas[-1] < drawn.min() < drawn.max() < 1
 
 
-def test_what_samples_changes_nothing_in_what_predicts_the_mean() -> None:
+def test_a_crop_turned_by_any_angle_holds_the_photograph_alone() -> None:
+    """No corner from beyond it: a picture of one colour stays one."""
+    crops = Crops([np.full((90, 120, 3), 200, np.uint8)], crop=32, batch=1, seed=(0,))
+    rng = np.random.default_rng(0)
+    assert all((crops.oblique(rng) == 200).all() for _ in range(50))
+
+
+def small() -> CompactUNet:
     torch.manual_seed(0)
-    net = CompactUNet(CompactConfig(mean_width=8, mean_blocks=1, widths=(8, 8), blocks=(1, 1), embedding=16))
+    net = CompactUNet(CompactConfig(mean_width=16, mean_blocks=1, widths=(8, 8), blocks=(1, 1), embedding=16))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    x, y0 = torch.rand(2, 2, 3, 16, 16)
+    return net
 
-    def gradients(gamma: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        net.zero_grad()
-        loss_of(net, x, y0, torch.full((2, 1), gamma, dtype=torch.float64)).backward()
-        of_mean = {id(one) for one in net.mean.parameters()}
-        return tuple([one.grad.clone() for one in net.parameters() if (id(one) in of_mean) is mean] for mean in (True, False))  # type: ignore[return-value]
 
-    (mean, details), (mean_of_other, details_of_other) = gradients(0.9), gradients(0.1)
-    assert all(torch.equal(a, b) for a, b in zip(mean, mean_of_other, strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(details, details_of_other, strict=True))
-    assert all(one.abs().max() > 0 for one in mean)
+@pytest.mark.parametrize("turn", TURNS)
+def test_the_mean_turns_as_its_picture_does_and_plain_convolutions_compute_it(turn: tuple[int, bool]) -> None:
+    net, x = small(), torch.randn(1, 3, 16, 24)
+    plain = net.mean(x)[1]
+    turning(net.mean)
+    tied = net.mean(x)[1]
+    assert (tied - plain).abs().max() > 0.01
+    assert (net.mean(turned(x, turn))[1] - turned(tied, turn)).abs().max() < 1e-5
+    untie(net)
+    assert set(net.state_dict()) == set(small().state_dict())
+    assert (net.mean(x)[1] - tied).abs().max() < 1e-6
+
+
+def test_tied_weights_are_kept_when_they_are_tied_again() -> None:
+    net, x = small(), torch.randn(1, 3, 16, 16)
+    turning(net.mean)
+    first = net.mean(x)[1]
+    untie(net)
+    turning(net.mean)
+    assert torch.equal(net.mean(x)[1], first)
+    assert all(parameter.is_contiguous() for parameter in net.mean.parameters())
+
+
+def go(out: Path, part: Part, *, minutes: float = 0.02, start: Path | None = None) -> int:
+    train(part, images=DATA, output=out, hold_out="kodim2[1-4].*", start=start, minutes=minutes, batch=1, crop=32, threads=1, workers=0)
+    return int(torch.load(out.with_suffix(".state"), weights_only=True)["step"])
 
 
 def test_a_run_goes_on_where_it_ended_and_makes_what_the_exporter_knows(tmp_path: Path) -> None:
     out = tmp_path / "net.safetensors"
-
-    def go(minutes: float) -> int:
-        train(images=DATA, output=out, hold_out="kodim2[1-4].*", minutes=minutes, batch=1, crop=32, threads=1, workers=0)
-        return int(torch.load(out.with_suffix(".state"), weights_only=True)["step"])
-
-    first = go(0.02)
-    assert 0 < first < go(0.04)
+    first = go(out, "mean")
+    assert 0 < first < go(out, "mean", minutes=0.04)
     found = read(out)
     assert (found.net.config, found.prediction) == (CompactConfig(), "x0")
-    assert from_file(out).config == CompactConfig()
+
+
+def test_each_part_is_trained_and_leaves_the_other_as_it_was(tmp_path: Path) -> None:
+    mean, both = tmp_path / "mean.safetensors", tmp_path / "both.safetensors"
+    go(mean, "mean")
+    go(both, "details", start=mean)
+    before, after = from_file(mean).state_dict(), from_file(both).state_dict()
+    assert all(torch.equal(before[name], after[name]) == name.startswith("mean.") for name in before if "last" in name)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("mean."))
+
+
+def test_the_average_of_two_runs_is_a_network_whose_mean_still_turns(tmp_path: Path) -> None:
+    first, second, both = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "both"))
+    go(first, "mean")
+    go(second, "mean", start=first, minutes=0.04)
+    average(first, second, output=both)
+    one, other, made = (from_file(path) for path in (first, second, both))
+    for name, value in made.state_dict().items():
+        assert torch.allclose(value, (one.state_dict()[name] + other.state_dict()[name]) / 2, atol=1e-6)
+    x = torch.randn(1, 3, 16, 16)
+    assert (made.mean(x)[1] - one.mean(x)[1]).abs().max() > 0
+    assert (made.mean(x.flip(-1))[1] - made.mean(x)[1].flip(-1)).abs().max() < 1e-5
+    foreign = tmp_path / "foreign.safetensors"
+    safetensors.save_file({"a": torch.zeros(1)}, foreign)
+    with pytest.raises(OptionError, match="of different networks"):
+        average(first, foreign, output=both)
 
 
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="holds nothing to train on: give --images a folder"):
-        train(images=tmp_path, output=tmp_path / "net.safetensors")
+        train("mean", images=tmp_path, output=tmp_path / "net.safetensors")
+
+
+def test_details_without_a_mean_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="give --start FILE"):
+        train("details", images=DATA, output=tmp_path / "net.safetensors")

@@ -1,14 +1,13 @@
-"""The shipped model's network: SR3 on the residual's finest details, made for a CPU.
+"""The shipped model's network: SR3 on the finest details of what a mean leaves, made for a CPU.
 
-It is an SR3 network in its contract (condition `x`, state `y`, noise level √γ in; a prediction out) with five changes that a
+It is an SR3 network in its contract (condition `x`, state `y`, noise level √γ in; a prediction out) with four changes that a
 small network trained on few photographs needs, each from the literature:
 
-- It works on the *residual* y0 - x, an eighth of the picture's deviation (SRDiff, arXiv 2104.14951), in the bands of one level of
-  a wavelet with a steep edge (`LIFT`), made of lifting steps (Daubechies and Sweldens 1998).
-- Only the three detail bands are sampled. All that lies below is predicted as the mean given `x`, by a part that sees neither
-  state nor level: texture is drawn, what lies between it and the input's resolution is not rolled dice for (docs/model.md).
-- That part works at the input's resolution, where a pixel's work reaches furthest (ESPCN, arXiv 1609.05158); it hands its features
-  and the mean of the details to the part that samples.
+- A part that sees neither state nor level predicts the mean given `x`; what is sampled is the rest, y0 less that mean (Whang et al.
+  2022, arXiv 2112.02475). It works at the input's resolution, where a pixel's work reaches furthest (ESPCN, arXiv 1609.05158), its
+  features turn and mirror as the picture does (`turning.py`), and the part that samples is given them too.
+- Only three detail bands are sampled, of one level of a wavelet with a steep edge (`LIFT`), made of lifting steps (Daubechies and
+  Sweldens 1998): texture is drawn, what lies between it and the input's resolution is not rolled dice for (docs/model.md).
 - Input, output and skip are scaled so that the sampling part always sees and makes unit variance (EDM, arXiv 2206.00364, table
   1); the prediction is therefore y0 itself, and colours cannot drift by a factor √(1/γ).
 - No normalisation over the picture (EDSR, arXiv 1707.02921) and no attention: what a pixel becomes depends on its
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from sr3rt.program import GAIN, LIFT
 
 SCALE = 4  # of the picture to its input
-COARSE, DETAIL = 0.18, 0.08  # deviations of the bands of y0 - x on photographs at 4×, pictures in [-1, 1]
+MEAN, DETAIL = 0.1, 0.08  # deviations of y0 - x, and of the detail bands of what the mean leaves, of photographs in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -144,21 +143,23 @@ class Block(nn.Module):
 
 
 class Mean(nn.Module):
-    """x -> features at the input's resolution (B, width, H/4, W/4) and the four bands of E[y0 - x | x] at unit variance."""
+    """x (B, C, H, W) -> features at the input's resolution (B, width, H/4, W/4) and E[y0 | x] (B, C, H, W)."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
-        c, width = config.channels, config.mean_width
-        self.first = nn.Conv2d(SCALE * SCALE * c, width, 3, padding=1)
+        places, width = SCALE * SCALE * config.channels, config.mean_width
+        self.first = nn.Conv2d(places, width, 3, padding=1)
         self.blocks = nn.ModuleList([PlainBlock(width) for _ in range(config.mean_blocks)])
-        self.last = nn.Conv2d(width, 4 * c, 3, padding=1)
+        self.last = nn.Conv2d(width, places, 3, padding=1)
+        nn.init.kaiming_normal_(self.first.weight)
         nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.first(F.pixel_unshuffle(x, SCALE))
         for block in self.blocks:
             h = block(h)
-        return h, self.last(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return h, x + F.pixel_shuffle(self.last(h).to(x.dtype) * MEAN, SCALE)
 
 
 class CompactUNet(nn.Module):
@@ -170,7 +171,7 @@ class CompactUNet(nn.Module):
         c, dim = config, config.embedding
         self.mean = Mean(c)
         self.embedding = LevelEmbedding(dim)
-        self.first = nn.Conv2d((7 + 4) * c.channels, c.widths[0], 3, padding=1)
+        self.first = nn.Conv2d(7 * c.channels, c.widths[0], 3, padding=1)
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         for i, (width, blocks) in enumerate(zip(c.widths, c.blocks, strict=True)):
             features = c.mean_width if i == 1 else 0
@@ -191,19 +192,20 @@ class CompactUNet(nn.Module):
         root = level[:, :, None, None]
         noise = (1 - gamma).clamp(min=1e-7)  # variance of the noise in y; float32 holds no level between 1 - 6e-8 and 1
         spread = gamma * DETAIL**2 + noise  # variance of the noisy details
-        _, details = bands(y - root * x)
         features, mean = self.mean(x)
-        fine = self.inner(x, details * spread.rsqrt(), (noise / gamma).flatten(1).log() / 2, features, mean)
+        _, details = bands(y - root * mean)
+        fine = self.inner(mean, details * spread.rsqrt(), (noise / gamma).flatten(1).log() / 2, features)
         fine = details * (root * DETAIL**2 / spread) + fine * (noise.sqrt() * DETAIL * spread.rsqrt())
-        return x + from_bands(mean[:, : self.config.channels] * COARSE, fine)
+        drawn: Tensor = mean + from_bands(torch.zeros_like(mean[:, :, ::2, ::2]), fine)
+        return drawn
 
-    def inner(self, x: Tensor, details: Tensor, log_sigma: Tensor, features: Tensor, mean: Tensor) -> Tensor:
-        """The part that samples, unit variance in and out: details of y - √γ x, and what `mean` made of x -> details.
+    def inner(self, mean: Tensor, details: Tensor, log_sigma: Tensor, features: Tensor) -> Tensor:
+        """The part that samples, unit variance in and out: details of y - √γ mean, and what `Mean` made of x -> details.
 
         log_sigma: (B, 1).
         """
         embedding = self.embedding(log_sigma)
-        h = self.first(torch.cat([F.pixel_unshuffle(x, 2), details, mean], dim=1))
+        h = self.first(torch.cat([F.pixel_unshuffle(mean, 2), details], dim=1))
         skips = []
         for i, blocks in enumerate(self.down):
             h = torch.cat([h, features], dim=1) if i == 1 else h

@@ -142,7 +142,7 @@ class _Build:
         self._network, self._tensors = network, tensors
         self._registers = dict[str, int]()
         self._joined: int | None = None  # x and y in one register
-        self._bands = ("", 0.0)  # the register that to_bands wrote, and its detail
+        self._bands = ("", "", 0.0)  # the register that to_bands wrote, the mean that it read, its detail
 
     def add(self, operation: Mapping[str, Any]) -> None:
         made: int | None = getattr(self, f"_{operation['do']}")(operation)
@@ -198,14 +198,15 @@ class _Build:
         return self._network.unshuffled(one["by"])
 
     def _to_bands(self, one: Mapping[str, Any]) -> int:
-        if list(one["from"]) != ["x", "y"]:
-            raise ValueError("to_bands reads x and y")
-        self._bands = one["to"], one["detail"]
-        return self._network.to_bands(one["detail"])
+        x, y, mean = one["from"]
+        if (x, y) != ("x", "y"):
+            raise ValueError("to_bands reads x, y and their mean")
+        self._bands = one["to"], mean, one["detail"]
+        return self._network.to_bands(self._source(mean), one["detail"])
 
     def _from_bands(self, one: Mapping[str, Any]) -> None:
         x, y, mean, fine = one["from"]
-        bands, detail = self._bands
-        if (x, y, one["to"], one["detail"]) != ("x", "y", "out", detail):
-            raise ValueError("from_bands reads x, y and what was made of their bands of the same detail, and writes out")
-        self._network.from_bands(self._source(bands), self._source(mean), self._source(fine), one["detail"], one["coarse"])
+        bands, *same = self._bands
+        if (x, y, one["to"], mean, one["detail"]) != ("x", "y", "out", *same):
+            raise ValueError("from_bands reads x, y, their mean and what was made of their bands of the same detail, and writes out")
+        self._network.from_bands(self._source(bands), self._source(mean), self._source(fine), one["detail"])

@@ -167,19 +167,20 @@ class TorchProgram:
 
     def _to_bands(self, sources: list[str], *, detail: float) -> Operation:
         def run(registers: Registers, known: _Level) -> Tensor:
-            x, y = (registers[name].to(self.wide) for name in sources)
-            return torch.cat([F.pixel_unshuffle(x, 2), _details(x, y, known) * known.spread(detail).rsqrt()], dim=1)
+            x, y, places = (registers[name].to(self.wide) for name in sources)
+            mean = _mean(x, places)
+            return torch.cat([F.pixel_unshuffle(mean, 2), _details(mean, y, known) * known.spread(detail).rsqrt()], dim=1)
 
         return run
 
-    def _from_bands(self, sources: list[str], *, detail: float, coarse: float) -> Operation:
+    def _from_bands(self, sources: list[str], *, detail: float) -> Operation:
         def run(registers: Registers, known: _Level) -> Tensor:
-            x, y, mean, fine = (registers[name].to(self.wide) for name in sources)
-            spread, low = known.spread(detail), mean[:, : x.shape[1]]
+            x, y, places, fine = (registers[name].to(self.wide) for name in sources)
+            mean, spread = _mean(x, places), known.spread(detail)
             fine = fine * (_wide(known.noise).sqrt() * detail * spread.rsqrt())
-            fine = _details(x, y, known) * (_wide(known.value) * detail**2 / spread) + fine
+            fine = _details(mean, y, known) * (_wide(known.value) * detail**2 / spread) + fine
             first, second, third = fine.chunk(3, dim=1)
-            return x + _merge(_merge(low * coarse, first, 3), _merge(second, third, 3), 2)
+            return mean + _merge(_merge(torch.zeros_like(first), first, 3), _merge(second, third, 3), 2)
 
         return run
 
@@ -228,9 +229,14 @@ def _down(h: Tensor) -> Tensor:
     return F.avg_pool2d(h, 2)
 
 
-def _details(x: Tensor, y: Tensor, known: _Level) -> Tensor:
-    """The three detail bands of y - √γ x."""
-    low, high = _split(y - _wide(known.value) * x, 2)
+def _mean(x: Tensor, places: Tensor) -> Tensor:
+    """x and what `places`, of S² times its channels, holds for each S×S."""
+    return x + F.pixel_shuffle(places, x.shape[2] // places.shape[2])
+
+
+def _details(mean: Tensor, y: Tensor, known: _Level) -> Tensor:
+    """The three detail bands of y - √γ mean."""
+    low, high = _split(y - _wide(known.value) * mean, 2)
     return torch.cat([_split(low, 3)[1], *_split(high, 3)], dim=1)
 
 

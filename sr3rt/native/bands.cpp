@@ -1,5 +1,5 @@
-// The ends of the compact network (export/nets/compact.py): one level of a wavelet of y - √γ·x, whose details the network is
-// given beside x, and the way back from the bands that it makes. Lifting steps: Daubechies and Sweldens 1998.
+// The ends of the compact network (export/nets/compact.py): one level of a wavelet of y less √γ times a mean, whose details the
+// network is given beside that mean, and the way back from the details that it makes. Lifting steps: Daubechies and Sweldens 1998.
 
 #include <algorithm>
 #include <cmath>
@@ -103,6 +103,28 @@ struct Level {
 
 class Bands : public Layer {
    protected:
+    Bands(int mean, int side, float detail) : mean_(mean), side_(side), detail_(detail) {}
+
+    // A line of the mean: x, and what its register holds for each side×side.
+    void mean_line(const Run& run, std::size_t picture, std::size_t c, int row, float* __restrict__ out) const {
+        const Planar& p = run.planar;
+        const View& mean = run.views[mean_];
+        const float* x = p.x + ((picture * p.channels + c) * p.height + row) * p.width;
+        const float* places = mean.picture(picture) + static_cast<std::size_t>(row / side_) * mean.width * mean.padded;
+        places += (c * side_ + row % side_) * side_;
+        if (side_ == 4)
+            line_of<4>(x, places, mean, out, 4);
+        else
+            line_of<0>(x, places, mean, out, side_);
+    }
+
+    bool fits(const std::vector<Extent>& registers, int height, int width) const {
+        const Extent& mean = registers[mean_];
+        return mean.height * side_ == height && mean.width * side_ == width && height % 2 == 0 && width % 2 == 0;
+    }
+
+    float detail() const { return detail_; }
+
     // A piece: pairs of rows [first, last) of a picture, and [begin, end) that must be there to make them.
     struct Piece {
         std::size_t picture;
@@ -120,21 +142,32 @@ class Bands : public Layer {
         });
     }
 
-    // Pairs of rows, then four half lines and what a step along one reads.
-    static Scratch rows(int width) { return {0, static_cast<std::size_t>(2 * (ROWS + 2 * MARGIN) + 3) * width + 2 * TAPS}; }
+    // Pairs of rows, two lines, then four half lines and what a step along one reads.
+    static Scratch rows(int width) { return {0, static_cast<std::size_t>(2 * (ROWS + 2 * MARGIN) + 5) * width + 2 * TAPS}; }
 
     static Pairs pairs_of(const Piece& piece, int width, float* own) {
         const std::size_t line = width;
         return {own, own + line, piece.end - piece.begin, 2 * line, line};
     }
+
+   private:
+    template <int SIDE>
+    static void line_of(const float* x, const float* places, const View& mean, float* __restrict__ out, int any) {
+        const int side = SIDE == 0 ? any : SIDE;
+        for (int j = 0; j < mean.width; ++j, x += side, out += side, places += mean.padded)
+            for (int i = 0; i < side; ++i) out[i] = x[i] + places[i];
+    }
+
+    int mean_, side_;
+    float detail_;
 };
 
 class ToBands final : public Bands {
    public:
-    ToBands(std::size_t padded, float detail) : padded_(padded), detail_(detail) {}
+    ToBands(std::size_t padded, int mean, int side, float detail) : Bands(mean, side, detail), padded_(padded) { from = {mean}; }
 
-    Extent extent(const std::vector<Extent>&, int height, int width) const override {
-        return height % 2 == 0 && width % 2 == 0 ? Extent{height / 2, width / 2, 0} : Extent{};
+    Extent extent(const std::vector<Extent>& registers, int height, int width) const override {
+        return fits(registers, height, width) ? Extent{height / 2, width / 2, 0} : Extent{};
     }
     Scratch scratch(const std::vector<Extent>& registers, std::size_t) const override { return rows(2 * registers[to].width); }
 
@@ -150,15 +183,17 @@ class ToBands final : public Bands {
    private:
     void channel(const Run& run, const Piece& piece, std::size_t c, float* own, float* pixels) const {
         const Planar& p = run.planar;
-        const Level level(p.level[piece.picture], detail_);
+        const Level level(p.level[piece.picture], detail());
         const std::size_t width = p.width, plane = (piece.picture * p.channels + c) * p.height * width;
         const Pairs pairs = pairs_of(piece, p.width, own);
+        float* mean = own + 2 * pairs.count * width;
         for (int i = 0; i < 2 * pairs.count; ++i) {
-            const std::size_t at = plane + (2 * piece.begin + i) * width;
-            difference(own + i * width, p.y + at, p.x + at, level.root, width);
+            const int row = 2 * piece.begin + i;
+            mean_line(run, piece.picture, c, row, mean);
+            difference(own + i * width, p.y + plane + row * width, mean, level.root, width);
         }
         split(pairs);
-        float* lines = own + 2 * pairs.count * width;  // low even, low odd, high even, high odd
+        float* lines = mean + 2 * width;  // low even, low odd, high even, high odd
         const float factor = static_cast<float>(1 / std::sqrt(level.spread));
         const int half = p.width / 2;
         for (int i = piece.first; i < piece.last; ++i) {
@@ -169,11 +204,11 @@ class ToBands final : public Bands {
                     lines[(2 * row + 1) * half + x] = rows[row][2 * x + 1];
                 }
             for (int row = 0; row < 2; ++row) split(Line{lines + 2 * row * half, lines + (2 * row + 1) * half, half, lines + 4 * half});
-            const float* x = p.x + plane + 2 * i * width;
+            for (int row = 0; row < 2; ++row) mean_line(run, piece.picture, c, 2 * i + row, mean + row * width);
             float* to_pixel = pixels + static_cast<std::size_t>(i - piece.first) * half * padded_;
             for (int j = 0; j < half; ++j, to_pixel += padded_) {
-                to_pixel[4 * c] = x[2 * j], to_pixel[4 * c + 1] = x[2 * j + 1];
-                to_pixel[4 * c + 2] = x[width + 2 * j], to_pixel[4 * c + 3] = x[width + 2 * j + 1];
+                to_pixel[4 * c] = mean[2 * j], to_pixel[4 * c + 1] = mean[2 * j + 1];
+                to_pixel[4 * c + 2] = mean[width + 2 * j], to_pixel[4 * c + 3] = mean[width + 2 * j + 1];
                 float* details = to_pixel + 4 * p.channels + c;
                 details[0] = lines[half + j] * factor;                                  // low rows (× gain), odd columns (÷ gain)
                 details[p.channels] = lines[2 * half + j] * factor;                     // high rows, even columns
@@ -183,14 +218,15 @@ class ToBands final : public Bands {
     }
 
     std::size_t padded_;
-    float detail_;
 };
 
 class FromBands final : public Bands {
    public:
-    FromBands(int bands, int mean, int fine, float detail, float coarse) : detail_(detail), coarse_(coarse) { from = {bands, mean, fine}; }
+    FromBands(int bands, int mean, int side, int fine, float detail) : Bands(mean, side, detail) { from = {bands, fine}; }
 
-    Extent extent(const std::vector<Extent>&, int height, int width) const override { return {height, width, 0}; }
+    Extent extent(const std::vector<Extent>& registers, int height, int width) const override {
+        return fits(registers, height, width) ? Extent{height, width, 0} : Extent{};
+    }
     Scratch scratch(const std::vector<Extent>& registers, std::size_t) const override { return rows(2 * registers[from[0]].width); }
 
     void run(const Run& run) const override {
@@ -202,21 +238,21 @@ class FromBands final : public Bands {
    private:
     void channel(const Run& run, const Piece& piece, std::size_t c, float* own) const {
         const Planar& p = run.planar;
-        const Level level(p.level[piece.picture], detail_);
-        const float seen = static_cast<float>(level.root * detail_ * detail_ / std::sqrt(level.spread));  // of the details given
-        const float made = static_cast<float>(std::sqrt(level.noise / level.spread) * detail_);           // of those predicted
+        const Level level(p.level[piece.picture], detail());
+        const float seen = static_cast<float>(level.root * detail() * detail() / std::sqrt(level.spread));  // of the details given
+        const float made = static_cast<float>(std::sqrt(level.noise / level.spread) * detail());            // of those predicted
         const std::size_t width = p.width, channels = p.channels;
         const int half = p.width / 2;
-        const View &bands = run.views[from[0]], &mean = run.views[from[1]], &fine = run.views[from[2]];
+        const View &bands = run.views[from[0]], &fine = run.views[from[1]];
         const Pairs pairs = pairs_of(piece, p.width, own);
-        float* lines = own + 2 * pairs.count * width;
+        float* mean = own + 2 * pairs.count * width;
+        float* lines = mean + 2 * width;
         for (int i = 0; i < pairs.count; ++i) {
             const std::size_t row = static_cast<std::size_t>(piece.begin + i) * half;
             const float* details = bands.picture(piece.picture) + row * bands.padded + 4 * channels + c;
-            const float* low = mean.picture(piece.picture) + row * mean.padded + c;
             const float* predicted = fine.picture(piece.picture) + row * fine.padded + c;
-            for (int j = 0; j < half; ++j, details += bands.padded, low += mean.padded, predicted += fine.padded) {
-                lines[j] = *low * (coarse_ / (GAIN * GAIN));
+            for (int j = 0; j < half; ++j, details += bands.padded, predicted += fine.padded) {
+                lines[j] = 0.0f;
                 lines[half + j] = details[0] * seen + predicted[0] * made;
                 lines[2 * half + j] = details[channels] * seen + predicted[channels] * made;
                 lines[3 * half + j] = (details[2 * channels] * seen + predicted[2 * channels] * made) * (GAIN * GAIN);
@@ -233,19 +269,19 @@ class FromBands final : public Bands {
         merge(pairs);
         const std::size_t plane = (piece.picture * channels + c) * p.height * width;
         for (int i = 2 * piece.first; i < 2 * piece.last; ++i) {
-            const std::size_t at = plane + i * width;
-            difference(p.out + at, p.x + at, own + (i - 2 * piece.begin) * width, -1.0f, width);
+            mean_line(run, piece.picture, c, i, mean);
+            difference(p.out + plane + i * width, mean, own + (i - 2 * piece.begin) * width, -1.0f, width);
         }
     }
-
-    float detail_, coarse_;
 };
 
 }  // namespace
 
-std::unique_ptr<Layer> to_bands(std::size_t padded, float detail) { return std::make_unique<ToBands>(padded, detail); }
-std::unique_ptr<Layer> from_bands(int bands, int mean, int fine, float detail, float coarse) {
-    return std::make_unique<FromBands>(bands, mean, fine, detail, coarse);
+std::unique_ptr<Layer> to_bands(std::size_t padded, int mean, int side, float detail) {
+    return std::make_unique<ToBands>(padded, mean, side, detail);
+}
+std::unique_ptr<Layer> from_bands(int bands, int mean, int side, int fine, float detail) {
+    return std::make_unique<FromBands>(bands, mean, side, fine, detail);
 }
 
 }  // namespace sr3

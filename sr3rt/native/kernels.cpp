@@ -201,7 +201,8 @@ struct Finish {
     Vec operator()(Vec sum, std::size_t at, int half) const {
         Vec v = scaled ? sum * scale[half] + shift[half] : sum + shift[half];
         if (activated) v = silu(v);
-        if (added) v = (v + load(end.add + at + half * LANES)) * end.gain;
+        if (added) v = v + load(end.add + at + half * LANES);
+        v = v * end.gain;
         store(end.out + at + half * LANES, v);
         return v;
     }

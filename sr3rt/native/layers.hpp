@@ -121,7 +121,8 @@ std::unique_ptr<Layer> result(int from);
 // x with every `by`×`by` of a channel put into channels, as pixel_unshuffle does.
 std::unique_ptr<Layer> unshuffled(std::size_t padded, int by);
 // The bands of nets/compact.py: the register that the network sees, and the result from what it makes.
-std::unique_ptr<Layer> to_bands(std::size_t padded, float detail);
-std::unique_ptr<Layer> from_bands(int bands, int mean, int fine, float detail, float coarse);
+// mean: of side² times the picture's channels, what is added to x.
+std::unique_ptr<Layer> to_bands(std::size_t padded, int mean, int side, float detail);
+std::unique_ptr<Layer> from_bands(int bands, int mean, int side, int fine, float detail);
 
 }  // namespace sr3

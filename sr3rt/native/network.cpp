@@ -122,7 +122,15 @@ int Network::unshuffled(int by) {
     return add(sr3::unshuffled(rounded_up(channels, lanes()), by), channels, true);
 }
 
-int Network::to_bands(float detail) { return add(sr3::to_bands(rounded_up(7 * channels_, lanes()), detail), 7 * channels_); }
+int Network::side_of(int mean) const {
+    for (int side = 1; side <= 16; ++side)
+        if (checked(mean).channels == static_cast<std::size_t>(side) * side * channels_) return side;
+    throw std::invalid_argument("a mean of " + std::to_string(checked(mean).channels) + " channels, expected a square times the picture's");
+}
+
+int Network::to_bands(int mean, float detail) {
+    return add(sr3::to_bands(rounded_up(7 * channels_, lanes()), mean, side_of(mean), detail), 7 * channels_);
+}
 
 int Network::convolution(ConvolutionOptions options, const float* weight, std::size_t outputs, std::size_t inputs, int side,
                          std::vector<float> bias, const Linear* level) {
@@ -178,10 +186,11 @@ void Network::result(int from) {
     add_last(sr3::result(from));
 }
 
-void Network::from_bands(int bands, int mean, int fine, float detail, float coarse) {
-    if (checked(bands).channels != 7 * channels_ || checked(mean).channels != 4 * channels_ || checked(fine).channels != 3 * channels_)
-        throw std::invalid_argument("bands have 7 times the picture's channels, their mean 4 times, the details 3 times");
-    add_last(sr3::from_bands(bands, mean, fine, detail, coarse));
+void Network::from_bands(int bands, int mean, int fine, float detail) {
+    if (checked(bands).channels != 7 * channels_ || checked(fine).channels != 3 * channels_)
+        throw std::invalid_argument("bands have 7 times the picture's channels, the details 3 times");
+    add_last(sr3::from_bands(bands, mean, side_of(mean), fine, detail));
+    reads_.back().push_back(mean);
 }
 
 std::size_t Network::register_size(std::size_t index, const Extent& extent, std::size_t count) const {
@@ -248,7 +257,7 @@ std::size_t Network::planes(std::size_t count, int height, int width) const {
 std::size_t Network::memory_of(std::size_t count, int height, int width) const {
     const std::size_t some = together(count, height, width), arena = arena_size_, kept = kept_size_;
     const Plan plan = this->plan(some, height, width);
-    const std::size_t keeps = plan.kept_size == 0 ? 0 : planes(count, height, width) + count / some * plan.kept_size;
+    const std::size_t keeps = plan.kept_size == 0 ? 0 : count / some * (planes(some, height, width) + plan.kept_size);
     return ((plan.size > arena ? plan.size - arena : 0) + (keeps > kept ? keeps - kept : 0)) * sizeof(float);
 }
 
@@ -278,7 +287,7 @@ std::vector<std::vector<float>> Network::levels(const Planar& planar) {
 
 void Network::forked() {
     new (&mutex_) std::mutex;
-    kept_.valid.assign(kept_.valid.size(), false);  // the other process may have been writing it
+    for (Kept::Group& group : kept_.groups) group.valid = false;  // the other process may have been writing it
     pool_.forked();
 }
 
@@ -297,22 +306,43 @@ void Network::run(const Planar& planar) {
     const auto size_of = [&](int height, int width) { return planar.channels * static_cast<std::size_t>(height) * width; };
     const std::size_t size = size_of(planar.height, planar.width), out_size = size_of(made.height, made.width);
     make_room(plan, planar, some);
+    std::vector<Planar> parts;
     for (std::size_t first = 0; first < planar.count; first += some) {  // `some` divides the count
         Planar part = planar;
         part.x += first * size, part.y += first * size, part.out += first * out_size, part.level += first, part.count = some;
-        if (plan.kept_size == 0) {
-            run_some(part, plan, nullptr, false);
-            continue;
-        }
-        const std::size_t group = first / some, bytes = some * size * sizeof(float);
-        float* x = kept_.memory.get() + first * size;
-        const bool again = kept_.valid[group] && std::memcmp(x, part.x, bytes) == 0;
-        kept_.valid[group] = again;  // not while it is being made
-        if (!again) std::memcpy(x, part.x, bytes);
-        part.x = x;  // the caller's may change meanwhile
-        float* registers = kept_.memory.get() + planes(planar.count, planar.height, planar.width);
-        run_some(part, plan, registers + group * plan.kept_size, again);
-        kept_.valid[group] = true;
+        parts.push_back(part);
+    }
+    if (plan.kept_size != 0) return run_kept(parts, plan);
+    for (const Planar& part : parts) run_some(part, plan, nullptr, false);
+}
+
+std::size_t Network::Kept::find(const float* x, std::size_t bytes) const {
+    const auto same = [&](const Group& group) { return group.valid && std::memcmp(group.memory.get(), x, bytes) == 0; };
+    return static_cast<std::size_t>(std::find_if(groups.begin(), groups.end(), same) - groups.begin());
+}
+
+void Network::run_kept(const std::vector<Planar>& parts, const Plan& plan) {
+    std::vector<Kept::Group>& groups = kept_.groups;
+    const std::size_t bytes = parts[0].count * channels_ * static_cast<std::size_t>(kept_.height) * kept_.width * sizeof(float);
+    const std::size_t registers = planes(kept_.pictures, kept_.height, kept_.width);
+    std::vector<std::size_t> found;
+    std::vector<bool> needed(groups.size() + 1, false);
+    for (const Planar& part : parts) {
+        found.push_back(kept_.find(part.x, bytes));
+        needed[found.back()] = true;
+    }
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+        Planar part = parts[i];
+        std::size_t index = found[i] < groups.size() ? found[i] : kept_.find(part.x, bytes);  // one before it may have had the same x
+        const bool again = index < groups.size();
+        if (!again) index = static_cast<std::size_t>(std::find(needed.begin(), needed.end(), false) - needed.begin());
+        needed[index] = true;
+        Kept::Group& group = groups[index];
+        group.valid = again;  // not while it is being made
+        if (!again) std::memcpy(group.memory.get(), part.x, bytes);
+        part.x = group.memory.get();  // the caller's may change meanwhile
+        run_some(part, plan, group.memory.get() + registers, again);
+        group.valid = true;
     }
 }
 
@@ -322,19 +352,14 @@ void Network::make_room(const Plan& plan, const Planar& planar, std::size_t some
         arena_ = floats(plan.size);
         arena_size_ = plan.size;
     }
+    if (plan.kept_size == 0) return;
     Kept& kept = kept_;
-    if (plan.kept_size == 0 ||
-        (kept.pictures == planar.count && kept.group == some && kept.height == planar.height && kept.width == planar.width))
-        return;
-    const std::size_t groups = planar.count / some, size = planes(planar.count, planar.height, planar.width) + groups * plan.kept_size;
-    kept.pictures = 0;  // until there is room
-    if (size > kept_size_) {
-        kept.memory.reset(), kept_size_ = 0;
-        kept.memory = floats(size);
-        kept_size_ = size;
+    if (kept.pictures != some || kept.height != planar.height || kept.width != planar.width) {
+        kept.groups.clear(), kept_size_ = 0;
+        kept.pictures = some, kept.height = planar.height, kept.width = planar.width;
     }
-    kept.pictures = planar.count, kept.group = some, kept.height = planar.height, kept.width = planar.width;
-    kept.valid.assign(groups, false);
+    const std::size_t size = planes(some, planar.height, planar.width) + plan.kept_size;
+    for (; kept.groups.size() < planar.count / some; kept_size_ += size) kept.groups.push_back({floats(size)});
 }
 
 void Network::run_some(const Planar& planar, const Plan& plan, float* kept, bool again) {

@@ -39,13 +39,13 @@ class Network {
     // Each adds a layer and returns the register that it writes. Raise std::invalid_argument when they do not fit.
     int joined_planes();  // x and y
     int unshuffled(int by);  // x
-    int to_bands(float detail);
+    int to_bands(int mean, float detail);  // mean: a register of a square times the channels, what is added to x
     int convolution(ConvolutionOptions, const float* weight, std::size_t outputs, std::size_t inputs, int side, std::vector<float> bias,
                     const Linear* level);
     int attention(int from);
     int resampling(int from, Resample by);
     void result(int from);
-    void from_bands(int bands, int mean, int fine, float detail, float coarse);
+    void from_bands(int bands, int mean, int fine, float detail);
 
     // To be called first in a process that was forked: it has neither the network's threads nor the one that may have been in `run`.
     void forked();
@@ -73,23 +73,31 @@ class Network {
         std::vector<bool> kept;  // registers that lie in Kept instead
         std::size_t shared, own, own_size, size, kept_size;
     };
-    // What depends on x alone, of the last run's groups of pictures, after the x that it was made of.
+    // What depends on x alone, of groups of pictures that are run together: whoever has the same x later, wherever in a batch, finds it.
     struct Kept {
-        std::size_t pictures = 0, group = 0;
+        struct Group {
+            Floats memory;  // x, then the registers
+            bool valid = false;
+        };
+        std::size_t pictures = 0;  // in a group
         int height = 0, width = 0;
-        Floats memory;
-        std::vector<bool> valid;
+        std::vector<Group> groups;
+
+        // The group that was made of this x, or groups.size().
+        std::size_t find(const float* x, std::size_t bytes) const;
     };
 
     int add(std::unique_ptr<Layer>, std::size_t channels, bool still = false);
     bool still(int index) const { return registers_[static_cast<std::size_t>(index)].still; }
     void add_last(std::unique_ptr<Layer>);
     const Register& checked(int index) const;
+    int side_of(int mean) const;  // of the squares that its channels hold
     std::size_t lanes() const { return static_cast<std::size_t>(kernels_.lanes); }
     std::size_t register_size(std::size_t index, const Extent&, std::size_t count) const;
     std::size_t together(std::size_t count, int height, int width) const;  // pictures that are run at a time
     std::size_t planes(std::size_t count, int height, int width) const;
     void make_room(const Plan&, const Planar&, std::size_t some);
+    void run_kept(const std::vector<Planar>& parts, const Plan&);
     void run_some(const Planar&, const Plan&, float* kept, bool again);
     Plan plan(std::size_t count, int height, int width) const;
     std::vector<std::vector<float>> levels(const Planar&);

@@ -113,14 +113,14 @@ void bind_network(nb::module_& module) {
         .def("__init__", &build, "instructions"_a, "threads"_a, "channels"_a, "level"_a)
         .def("joined_planes", &sr3::Network::joined_planes)
         .def("unshuffled", &sr3::Network::unshuffled, "by"_a)
-        .def("to_bands", &sr3::Network::to_bands, "detail"_a)
+        .def("to_bands", &sr3::Network::to_bands, "mean"_a, "detail"_a)
         .def("convolution", &convolution, "sources"_a, "weight"_a, "bias"_a.none(), "stride"_a, "norm"_a.none(), "silu"_a, "resample"_a,
              "level"_a.none(), "scaled"_a, "after"_a, "add"_a, "gain"_a)
         .def("attention", &sr3::Network::attention, "source"_a)
         .def("resampling", [](sr3::Network& self, int from, const std::string& by) { return self.resampling(from, resample(by)); },
              "source"_a, "by"_a)
         .def("result", &sr3::Network::result, "source"_a)
-        .def("from_bands", &sr3::Network::from_bands, "bands"_a, "mean"_a, "fine"_a, "detail"_a, "coarse"_a)
+        .def("from_bands", &sr3::Network::from_bands, "bands"_a, "mean"_a, "fine"_a, "detail"_a)
         .def("run", &run, "x"_a.noconvert(), "y"_a.noconvert(), "level"_a.noconvert(), "out"_a.noconvert())
         .def("forked", &sr3::Network::forked)
         .def("memory", &sr3::Network::memory_of, "count"_a, "height"_a, "width"_a)

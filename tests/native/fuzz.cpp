@@ -164,8 +164,10 @@ class Case {
     double error() {
         const Maps& expected = maps_.back();
         std::vector<float> out(expected.values.size(), NAN), other(y_.rbegin(), y_.rend());
-        // What depends on x alone is kept from here on.
-        network_.run({x_.data(), other.data(), levels_.data(), out.data(), std::size_t(channels_), std::size_t(count_), height_, width_});
+        // What depends on x alone is kept from here on, of pictures in another order.
+        std::vector<float> turned(x_);
+        std::rotate(turned.begin(), turned.begin() + static_cast<std::ptrdiff_t>(x_.size() / count_), turned.end());
+        network_.run({turned.data(), other.data(), levels_.data(), out.data(), std::size_t(channels_), std::size_t(count_), height_, width_});
         std::fill(out.begin(), out.end(), NAN);
         network_.run({x_.data(), y_.data(), levels_.data(), out.data(), std::size_t(channels_), std::size_t(count_), height_, width_});
         double most = 1e-3, worst = 0;
@@ -263,9 +265,10 @@ class Case {
             const Maps& other = maps_[i];
             if (other.channels != outputs || other.height != out.height || other.width != out.width || chance(0.3)) continue;
             options.add = static_cast<int>(i);
-            options.gain = chance(0.5) ? 1.0f : 0.75f;
-            for (std::size_t j = 0; j < out.values.size(); ++j) out.values[j] = (out.values[j] + other.values[j]) * options.gain;
+            for (std::size_t j = 0; j < out.values.size(); ++j) out.values[j] += other.values[j];
         }
+        options.gain = chance(0.7) ? 1.0f : 0.75f;
+        for (double& value : out.values) value *= options.gain;
         text_ += " | " + std::to_string(sources.size()) + " of " + std::to_string(inputs) + " -> " + std::to_string(outputs) + ", side " +
                  std::to_string(side) + " stride " + std::to_string(options.stride) + " groups " + std::to_string(options.norm.groups) +
                  " resample " + std::to_string(static_cast<int>(options.resample)) + (options.silu ? " silu" : "") +
