@@ -190,11 +190,17 @@ def _compact(net: compact.CompactUNet) -> Program:
         h = write.convolution(sources, block.conv1, level=(block.level, "scale_shift"), after="silu")
         return write.convolution([h], block.conv2, add=_skip(write, sources, block.skip))
 
-    features = write.convolution([write.unshuffle("x", compact.SCALE, "mean.places")], net.mean.first)
+    def changed(h: str, block: Module, end: str) -> str:
+        inner = write.convolution([h], block.conv1, after="silu", to=write.name(block.conv1) + end)
+        return write.convolution([inner], block.conv2, add=h, to=write.name(block.conv2) + end)
+
+    places = write.unshuffle("x", compact.SCALE, "mean.places")
+    features = write.convolution([places], net.mean.first)
+    negative = write.convolution([places], net.mean.first, gain=-1.0, to="mean.first.negative")
     for block in net.mean.blocks:
-        h = write.convolution([features], block.conv1, after="silu")
-        features = write.convolution([h], block.conv2, add=features)
-    mean = write.convolution([features], net.mean.last, gain=compact.MEAN)
+        features, negative = changed(features, block, ""), changed(negative, block, ".negative")
+    less = write.convolution([negative], net.mean.last, gain=-1.0, to="mean.last.negative")
+    mean = write.convolution([features], net.mean.last, add=less, gain=compact.MEAN / 2)
 
     h = write.convolution([write.bands("to_bands", ["x", "y", mean], "bands")], net.first)
     skips = []

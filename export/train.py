@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +33,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sr3rt import _native
@@ -47,6 +48,7 @@ from sr3rt.work import READ
 TYPICAL = 0.002  # median over crops of the energy of x's details at half resolution
 LEAST = 3e-5  # squared error, pictures in [-1, 1], below which a crop is as good as right: 0.7 of 255, squared
 WARM = 300  # steps over which the rate rises
+LEFT_OUT = 0.15  # share of crops that the mean's last block leaves as they are, the blocks before in proportion
 OBLIQUE = 0.7  # share of the mean's crops that are turned by any angle, which softens the finest details a little
 Part = Literal["mean", "details"]
 Pixels = NDArray[np.uint8]
@@ -61,7 +63,7 @@ def path_gammas(steps: int = 1000, middle: float = 0.16) -> NDArray[np.float64]:
     return 1 / (1 + (middle * t / (1 - t)) ** 2)
 
 
-def run_gammas(steps: int = 1000, largest: float = 5.0) -> NDArray[np.float64]:
+def run_gammas(steps: int = 1000, largest: float = 4.15) -> NDArray[np.float64]:
     """γ that runs respace: σ_t = largest·t, t = i/steps, where a start is nearly as good as noise.
 
     Evenly in σ: few steps then decide what has most energy and leave out the noise that is less than a step, which costs decibels in
@@ -208,6 +210,20 @@ def turning(mean: Mean) -> None:
     tie(mean.last, Lowered(SCALE))
 
 
+def leaving_out(mean: Mean) -> None:
+    """From now on each block of `mean` leaves some pictures as they are, and changes the others by as much more (stochastic depth, Huang et
+    al. 2016, arXiv 1603.09382): blocks then do not learn photographs together.
+    """
+    for i, block in enumerate(mean.blocks):
+        block.register_forward_hook(partial(_left_out, share=LEFT_OUT * (i + 1) / len(mean.blocks)))
+
+
+def _left_out(block: nn.Module, given: tuple[Tensor], made: Tensor, *, share: float) -> Tensor:
+    (h,) = given
+    changed = torch.rand(len(h), 1, 1, 1, device=h.device) >= share
+    return torch.lerp(h, made, changed.to(h.dtype) / (1 - share))
+
+
 class Run:
     """Everything that a resumed run needs: weights, moving average, optimiser, step. One part of the network is trained."""
 
@@ -215,6 +231,7 @@ class Run:
         self.net, self.part = net.to(device=device, memory_format=torch.channels_last), part  # type: ignore[call-overload]
         if part == "mean":
             turning(net.mean)
+            leaving_out(net.mean)
         mean = set(net.mean.parameters())
         for parameter in net.parameters():
             parameter.requires_grad_((parameter in mean) is (part == "mean"))
@@ -272,9 +289,11 @@ def from_file(path: Path) -> CompactUNet:
     else:
         found = load_file(path)
     net = CompactUNet(CompactConfig())
-    missing = [name for name in net.state_dict() if name not in found]
-    if missing:
-        raise OptionError(f"{path} is not of this script's network: it has no tensor {missing[0]}")
+    missing = sorted(net.state_dict().keys() - found.keys())
+    unknown = sorted(found.keys() - net.state_dict().keys() - {"gammas"})
+    if missing or unknown:
+        what = f"it has no tensor {missing[0]}" if missing else f"it has a tensor {unknown[0]}, which that network has not"
+        raise OptionError(f"{path} is not of this script's network: {what}")
     net.load_state_dict({name: found[name] for name in net.state_dict()})
     return net
 

@@ -15,7 +15,19 @@ from sr3rt.errors import OptionError  # noqa: E402
 from sr3rt.export.checkpoint import read  # noqa: E402
 from sr3rt.export.nets.compact import CompactConfig, CompactUNet  # noqa: E402
 from sr3rt.export.nets.turning import TURNS, turned, untie  # noqa: E402
-from sr3rt.export.train import Crops, Part, average, draw_gamma, from_file, path_gammas, recoloured, train, turning  # noqa: E402
+from sr3rt.export.train import (  # noqa: E402
+    LEFT_OUT,
+    Crops,
+    Part,
+    average,
+    draw_gamma,
+    from_file,
+    leaving_out,
+    path_gammas,
+    recoloured,
+    train,
+    turning,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -71,6 +83,23 @@ def test_the_mean_turns_as_its_picture_does_and_plain_convolutions_compute_it(tu
     assert (net.mean(x)[1] - tied).abs().max() < 1e-6
 
 
+def test_a_negative_has_the_mean_negative() -> None:
+    net, x = small(), torch.randn(2, 3, 16, 24)
+    assert (net.mean(-x)[1] + net.mean(x)[1]).abs().max() < 1e-5
+    assert (net.mean(x)[1] - x).abs().max() > 0.01
+
+
+def test_blocks_leave_some_pictures_out_and_change_the_others_by_as_much_more() -> None:
+    net, x = small(), torch.randn(1, 16, 8, 8).repeat(4000, 1, 1, 1)
+    block = net.mean.blocks[0]
+    changed = block(x) - x
+    leaving_out(net.mean)
+    found = block(x) - x
+    kept = found.abs().amax((1, 2, 3)) > 0
+    assert abs((~kept).float().mean() - LEFT_OUT) < 0.03
+    assert (found[kept] - changed[kept] / (1 - LEFT_OUT)).abs().max() < 1e-5
+
+
 def test_tied_weights_are_kept_when_they_are_tied_again() -> None:
     net, x = small(), torch.randn(1, 3, 16, 16)
     turning(net.mean)
@@ -123,6 +152,17 @@ def test_the_average_of_two_runs_is_a_network_whose_mean_still_turns(tmp_path: P
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="holds nothing to train on: give --images a folder"):
         train("mean", images=tmp_path, output=tmp_path / "net.safetensors")
+
+
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    tensors = small().state_dict()
+    for change, word in (
+        ({}, "has no tensor down.1"),
+        (CompactUNet(CompactConfig()).state_dict() | {"mean.first.bias": torch.zeros(96)}, "first.bias"),
+    ):
+        safetensors.save_file(change or tensors, tmp_path / "other.safetensors")
+        with pytest.raises(OptionError, match=f"not of this script's network.*{word}"):
+            from_file(tmp_path / "other.safetensors")
 
 
 def test_details_without_a_mean_are_refused(tmp_path: Path) -> None:

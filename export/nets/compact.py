@@ -143,23 +143,28 @@ class Block(nn.Module):
 
 
 class Mean(nn.Module):
-    """x (B, C, H, W) -> features at the input's resolution (B, width, H/4, W/4) and E[y0 | x] (B, C, H, W)."""
+    """x (B, C, H, W) -> features at the input's resolution (B, width, H/4, W/4) and E[y0 | x] (B, C, H, W).
+
+    It gives a negative's negative for a negative: the prediction is half the difference of what it makes of x and of -x.
+    """
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()
         places, width = SCALE * SCALE * config.channels, config.mean_width
-        self.first = nn.Conv2d(places, width, 3, padding=1)
+        self.first = nn.Conv2d(places, width, 3, padding=1, bias=False)
         self.blocks = nn.ModuleList([PlainBlock(width) for _ in range(config.mean_blocks)])
-        self.last = nn.Conv2d(width, places, 3, padding=1)
+        self.last = nn.Conv2d(width, places, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.first.weight)
         nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.first(F.pixel_unshuffle(x, SCALE))
+        places = self.first(F.pixel_unshuffle(x, SCALE))
+        h = torch.cat([places, -places])
         for block in self.blocks:
             h = block(h)
-        return h, x + F.pixel_shuffle(self.last(h).to(x.dtype) * MEAN, SCALE)
+        features, negative = h.chunk(2)
+        rest = self.last(features) - self.last(negative)
+        return features, x + F.pixel_shuffle(rest.to(x.dtype) * (MEAN / 2), SCALE)
 
 
 class CompactUNet(nn.Module):

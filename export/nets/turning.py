@@ -105,13 +105,14 @@ def tie(conv: nn.Conv2d, weight: Lifted | Turned | Lowered) -> None:
     They are contiguous: PyTorch's fused optimisers change other memory than that of a parameter with gaps (seen with 2.13).
     """
     parametrize.register_parametrization(conv, "weight", weight)
-    times = weight.places**2 if isinstance(weight, Lowered) else ORDER
-    parametrize.register_parametrization(conv, "bias", Repeated(times))
+    if conv.bias is not None:
+        times = weight.places**2 if isinstance(weight, Lowered) else ORDER
+        parametrize.register_parametrization(conv, "bias", Repeated(times))
 
 
 def untie(net: nn.Module) -> None:
     """Every convolution in `net` is a plain one again, with the weights that it computes with."""
     for module in net.modules():
-        if parametrize.is_parametrized(module):
-            for name in ("weight", "bias"):
+        for name in ("weight", "bias"):
+            if parametrize.is_parametrized(module, name):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
