@@ -290,7 +290,7 @@ def from_file(path: Path) -> CompactUNet:
         found = load_file(path)
     net = CompactUNet(CompactConfig())
     missing = sorted(net.state_dict().keys() - found.keys())
-    unknown = sorted(found.keys() - net.state_dict().keys() - {"gammas"})
+    unknown = sorted(found.keys() - {"gammas", *dict(net.named_parameters()), *dict(net.named_buffers())})
     if missing or unknown:
         what = f"it has no tensor {missing[0]}" if missing else f"it has a tensor {unknown[0]}, which that network has not"
         raise OptionError(f"{path} is not of this script's network: {what}")
