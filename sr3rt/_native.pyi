@@ -115,8 +115,12 @@ class Network:
         after: bool,
         add: int,
         gain: float,
+        like: int,
     ) -> int:
-        """resample: "none", "up" or "down". scaled: whether the level scales too. add: a register, or -1."""
+        """resample: "none", "up" or "down". scaled: whether the level scales too. add: a register, or -1.
+
+        like: the register that an earlier convolution of the same weight wrote, with which this one may have it in common, or -1.
+        """
 
     def attention(self, source: int) -> int: ...
     def resampling(self, source: int, by: str) -> int: ...

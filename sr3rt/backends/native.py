@@ -141,6 +141,7 @@ class _Build:
     def __init__(self, network: _native.Network, tensors: Tensors) -> None:
         self._network, self._tensors = network, tensors
         self._registers = dict[str, int]()
+        self._weights = dict[str, int]()  # what the first convolution of each wrote
         self._joined: int | None = None  # x and y in one register
         self._bands = ("", "", 0.0)  # the register that to_bands wrote, the mean that it read, its detail
 
@@ -167,7 +168,7 @@ class _Build:
 
     def _convolution(self, one: Mapping[str, Any]) -> int:
         norm, level, tensors = one["norm"], one["level"], self._tensors
-        return self._network.convolution(
+        made = self._network.convolution(
             self._sources(one["from"]),
             tensors[one["weight"]],
             None if one["bias"] is None else tensors[one["bias"]],
@@ -180,7 +181,10 @@ class _Build:
             after={None: False, "silu": True}[one["after"]],
             add=-1 if one["add"] is None else self._source(one["add"]),
             gain=one["gain"],
+            like=self._weights.get(one["weight"], -1),
         )
+        self._weights.setdefault(one["weight"], made)
+        return made
 
     def _resample(self, one: Mapping[str, Any]) -> int:
         (source,) = one["from"]

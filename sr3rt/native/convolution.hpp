@@ -14,6 +14,15 @@ class Convolution : public Layer {
     Convolution(const Kernels&, const std::vector<Register>&, ConvolutionOptions, std::size_t outputs, int side,
                 std::vector<float> bias);
 
+    // The weights as the kernels read them: those of `options.like`, or what `pack()` makes.
+    template <class Pack>
+    void hold(const Pack& pack) {
+        const auto* like = dynamic_cast<const Convolution*>(options_.like);
+        const bool same = like != nullptr && like->channels_ == channels_ && like->outputs_ == outputs_ && like->side_ == side_ &&
+                          like->options_.stride == options_.stride;
+        weights_ = same ? like->weights_ : std::shared_ptr<const float[]>(pack());
+    }
+
     // packed: [panel][input, padded][tap][lane], as floats.
     Floats packed(const Kernels&, const std::vector<Register>&, const float* weight) const;
     // Rows of `size` floats, one for each input of each of `count` blocks, as words.
@@ -40,7 +49,8 @@ class Convolution : public Layer {
     std::size_t inputs_, outputs_, padded_;  // inputs, and outputs once more, padded
     std::size_t lanes_, word_;                // of the kernels
     int side_;
-    std::vector<float> bias_;  // padded to whole panels
+    std::vector<float> bias_;                 // padded to whole panels
+    std::shared_ptr<const float[]> weights_;  // laid out by the kind of convolution
 
    private:
     std::vector<std::size_t> channels_;  // of each source

@@ -16,15 +16,17 @@ class Direct final : public Convolution {
     Direct(const Kernels& kernels, const std::vector<Register>& registers, ConvolutionOptions options, const float* weight,
            std::size_t outputs, int side, std::vector<float> bias)
         : Convolution(kernels, registers, std::move(options), outputs, side, std::move(bias)), panel_(2 * kernels.lanes) {
-        const std::size_t taps = static_cast<std::size_t>(side_) * side_;
-        const Floats by_input = packed(kernels, registers, weight);
-        Floats by_tap = floats(panels() * taps * inputs_ * panel_);  // [panel][tap][input][lane]
-        for (std::size_t p = 0; p < panels(); ++p)
-            for (std::size_t c = 0; c < inputs_; ++c)
-                for (std::size_t tap = 0; tap < taps; ++tap)
-                    std::copy_n(by_input.get() + ((p * inputs_ + c) * taps + tap) * panel_, panel_,
-                                by_tap.get() + ((p * taps + tap) * inputs_ + c) * panel_);
-        weights_ = in_words(kernels, std::move(by_tap), panels() * taps, panel_);
+        hold([&] {
+            const std::size_t taps = static_cast<std::size_t>(side_) * side_;
+            const Floats by_input = packed(kernels, registers, weight);
+            Floats by_tap = floats(panels() * taps * inputs_ * panel_);  // [panel][tap][input][lane]
+            for (std::size_t p = 0; p < panels(); ++p)
+                for (std::size_t c = 0; c < inputs_; ++c)
+                    for (std::size_t tap = 0; tap < taps; ++tap)
+                        std::copy_n(by_input.get() + ((p * inputs_ + c) * taps + tap) * panel_, panel_,
+                                    by_tap.get() + ((p * taps + tap) * inputs_ + c) * panel_);
+            return in_words(kernels, std::move(by_tap), panels() * taps, panel_);  // [panel][tap][word][lane]
+        });
     }
 
     Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
@@ -141,7 +143,6 @@ class Direct final : public Convolution {
     }
 
     std::size_t panel_;
-    Floats weights_;  // [panel][tap][word][lane]
 };
 
 }  // namespace

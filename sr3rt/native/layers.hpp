@@ -104,6 +104,7 @@ struct ConvolutionOptions {
     Norm norm;
     int level = -1;       // index into Run::levels, or none
     bool scaled = false;  // the level scales too
+    const Layer* like = nullptr;  // a convolution of the same weight, or none: if it reads as many channels, it and this one have it in common
 };
 
 // weight: (outputs, joined inputs, side, side), side 1 or 3. bias: `outputs` long, or empty.

@@ -133,7 +133,7 @@ int Network::to_bands(int mean, float detail) {
 }
 
 int Network::convolution(ConvolutionOptions options, const float* weight, std::size_t outputs, std::size_t inputs, int side,
-                         std::vector<float> bias, const Linear* level) {
+                         std::vector<float> bias, const Linear* level, int like) {
     std::size_t joined = 0;
     for (const int source : options.from) joined += checked(source).channels;
     if (options.from.empty() || options.from.size() > SOURCES)
@@ -164,6 +164,8 @@ int Network::convolution(ConvolutionOptions options, const float* weight, std::s
     const int added = options.add;
     const bool still_ones = std::all_of(options.from.begin(), options.from.end(), [this](int source) { return still(source); });
     const bool stays = level == nullptr && still_ones && (added < 0 || still(added));
+    const auto wrote = [like](const auto& layer) { return like >= 0 && layer->to == like; };
+    if (const auto found = std::find_if(layers_.begin(), layers_.end(), wrote); found != layers_.end()) options.like = found->get();
     auto layer = sr3::convolution(kernels_, registers_, std::move(options), weight, outputs, side, std::move(bias));
     const int to = add(std::move(layer), outputs, stays);
     if (added >= 0) reads_.back().push_back(added);  // last, after the sources

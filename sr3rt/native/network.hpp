@@ -40,8 +40,9 @@ class Network {
     int joined_planes();  // x and y
     int unshuffled(int by);  // x
     int to_bands(int mean, float detail);  // mean: a register of a square times the channels, what is added to x
+    // like: what an earlier convolution of the same weight wrote, or -1.
     int convolution(ConvolutionOptions, const float* weight, std::size_t outputs, std::size_t inputs, int side, std::vector<float> bias,
-                    const Linear* level);
+                    const Linear* level, int like = -1);
     int attention(int from);
     int resampling(int from, Resample by);
     void result(int from);

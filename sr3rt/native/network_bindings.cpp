@@ -63,7 +63,7 @@ void build(sr3::Network* self, const std::string& instructions, int threads, std
 
 int convolution(sr3::Network& self, std::vector<int> from, const Array& weight, const std::optional<Array>& bias, int stride,
                 const std::optional<NormOptions>& norm, bool silu, const std::string& resampled, const std::optional<Weights>& level,
-                bool scaled, bool after, int add, float gain) {
+                bool scaled, bool after, int add, float gain, int like) {
     expect(weight.ndim() == 4 && weight.shape(2) == weight.shape(3), "weight must be (outputs, inputs, side, side)");
     sr3::ConvolutionOptions options;
     options.from = std::move(from);
@@ -78,7 +78,7 @@ int convolution(sr3::Network& self, std::vector<int> from, const Array& weight, 
     if (level) projection = linear(*level);
     const nb::gil_scoped_release released;
     return self.convolution(std::move(options), weight.data(), weight.shape(0), weight.shape(1), static_cast<int>(weight.shape(2)),
-                            bias ? values(*bias) : std::vector<float>{}, projection ? &*projection : nullptr);
+                            bias ? values(*bias) : std::vector<float>{}, projection ? &*projection : nullptr, like);
 }
 
 void run(sr3::Network& self, const Array& x, const Array& y, const Array& level, Output out) {
@@ -115,7 +115,7 @@ void bind_network(nb::module_& module) {
         .def("unshuffled", &sr3::Network::unshuffled, "by"_a)
         .def("to_bands", &sr3::Network::to_bands, "mean"_a, "detail"_a)
         .def("convolution", &convolution, "sources"_a, "weight"_a, "bias"_a.none(), "stride"_a, "norm"_a.none(), "silu"_a, "resample"_a,
-             "level"_a.none(), "scaled"_a, "after"_a, "add"_a, "gain"_a)
+             "level"_a.none(), "scaled"_a, "after"_a, "add"_a, "gain"_a, "like"_a)
         .def("attention", &sr3::Network::attention, "source"_a)
         .def("resampling", [](sr3::Network& self, int from, const std::string& by) { return self.resampling(from, resample(by)); },
              "source"_a, "by"_a)

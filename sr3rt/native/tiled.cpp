@@ -29,10 +29,13 @@ class Tiled final : public Convolution {
         : Convolution(kernels, registers, std::move(options), outputs, side, std::move(bias)),
           tiles_(*kernels.tiles),
           taps_(static_cast<std::size_t>(side) * side),
-          chunks_(rounded_up(inputs_, TILE_DEPTH) / TILE_DEPTH),
-          weights_(floats(panels() * chunks_ * taps_ * TILE_MATRIX / sizeof(float))) {
-        const Floats matrices = in_matrices(packed(kernels, registers, weight));
-        tiles_.round_weights(matrices.get(), panels() * chunks_ * taps_, bytes(weights_.get()));
+          chunks_(rounded_up(inputs_, TILE_DEPTH) / TILE_DEPTH) {
+        hold([&] {
+            const Floats matrices = in_matrices(packed(kernels, registers, weight));
+            Floats rounded = floats(panels() * chunks_ * taps_ * TILE_MATRIX / sizeof(float));  // [panel][chunk][tap] of TILE_MATRIX bytes
+            tiles_.round_weights(matrices.get(), panels() * chunks_ * taps_, bytes(rounded.get()));
+            return rounded;
+        });
     }
 
     Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
@@ -74,6 +77,7 @@ class Tiled final : public Convolution {
     };
 
     static std::byte* bytes(float* from) { return reinterpret_cast<std::byte*>(from); }
+    static const std::byte* bytes(const float* from) { return reinterpret_cast<const std::byte*>(from); }
     static bool is_small(int height, int width) { return static_cast<std::size_t>(height) * width <= SMALL; }
     static std::size_t at_once(int height, int width) { return std::max<std::size_t>(1, SMALL / (static_cast<std::size_t>(height) * width)); }
 
@@ -227,7 +231,6 @@ class Tiled final : public Convolution {
 
     const Tiles& tiles_;
     std::size_t taps_, chunks_;
-    Floats weights_;  // [panel][chunk][tap] of TILE_MATRIX bytes
 };
 
 }  // namespace

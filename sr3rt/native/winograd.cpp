@@ -22,16 +22,17 @@ class Winograd final : public Convolution {
         : Convolution(kernels, registers, std::move(options), outputs, 3, std::move(bias)),
           panel_(2 * kernels.lanes),
           all_(words(inputs_)),
-          depth_(std::min(DEPTH, all_)),
-          weights_(in_words(kernels, packed(kernels, registers, weight), panels(), 9 * panel_)) {
-        if (inputs_ * padded_ > KEPT) return;
-        kept_ = true;
-        depth_ = std::min(2 * DEPTH, all_);
-        Floats points = floats(panels() * POINTS * weights_plane());
-        for (std::size_t p = 0; p < panels(); ++p)
-            kernels.transform_weights(weights_.get() + p * all_ * 9 * panel_, all_, points.get() + p * POINTS * weights_plane(),
-                                      weights_plane());
-        weights_ = std::move(points);
+          kept_(inputs_ * padded_ <= KEPT),
+          depth_(std::min(kept_ ? 2 * DEPTH : DEPTH, all_)) {
+        hold([&] {
+            Floats taps = in_words(kernels, packed(kernels, registers, weight), panels(), 9 * panel_);
+            if (!kept_) return taps;
+            Floats points = floats(panels() * POINTS * weights_plane());
+            for (std::size_t p = 0; p < panels(); ++p)
+                kernels.transform_weights(taps.get() + p * all_ * 9 * panel_, all_, points.get() + p * POINTS * weights_plane(),
+                                          weights_plane());
+            return points;
+        });
     }
 
     Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
@@ -175,9 +176,10 @@ class Winograd final : public Convolution {
         });
     }
 
-    std::size_t panel_, all_, depth_;  // words: of the inputs, multiplied at a time
-    Floats weights_;                   // packed, or, where kept_, their transforms: [panel][36 planes of [word][lane]]
-    bool kept_ = false;
+    // Weights: packed, or, where kept_, their transforms: [panel][36 planes of [word][lane]]. depth_: words multiplied at a time.
+    std::size_t panel_, all_;  // all_: words of the inputs
+    bool kept_;
+    std::size_t depth_;
 };
 
 }  // namespace
