@@ -1,15 +1,15 @@
 """Train the small model that ships, its two parts one after the other:
 
-    python export/train.py mean --images DIR -o FIRST.safetensors
-    python export/train.py mean --images DIR -o SECOND.safetensors --start FIRST.safetensors
-    python export/train.py average FIRST.safetensors SECOND.safetensors -o MEAN.safetensors
+    python export/train.py mean --images DIR -o A.safetensors
+    python export/train.py mean --images DIR -o B.safetensors --start A.safetensors
+    python export/train.py average A.safetensors B.safetensors -o MEAN.safetensors
     python export/train.py details --images DIR -o FILE.safetensors --start MEAN.safetensors
     python export/to_onnx.py FILE.safetensors …
 
 Photographs are cropped at random scales, turned and recoloured; the low-resolution picture is made by PIL's bicubic, as the runtime's
-condition is. The mean of all bands is trained by the logarithm of its squared error, and what samples the details by the mean square of
-its scaled error (EDM, arXiv 2206.00364, eq. 8), at a γ drawn as the paper does (section 2.4: t uniform, then γ uniform between its
-neighbours on the trained schedule). An exponential moving average of the weights is what is saved. Interrupting is safe: the run
+condition is. The mean is trained by the logarithm of its squared error, and what samples the details by the mean square of their scaled
+error (EDM, arXiv 2206.00364, eq. 8), at a γ drawn as the paper does (section 2.4: t uniform, then γ uniform between its neighbours on the
+trained schedule). An exponential moving average of the weights is what is saved. Interrupting is safe: the run
 resumes from `FILE.state`. `--start` takes the first weights from a bundle or from another such file.
 """
 
@@ -389,25 +389,32 @@ def train(
             break
 
 
-def average(first: Path, second: Path, *, output: Annotated[Path, Parameter(name=["--output", "-o"])]) -> None:
-    """The average of two runs' weights, one of which began where the other ended (Wortsman et al. 2022, arXiv 2203.05482).
+def average(first: Path, *others: Path, output: Annotated[Path, Parameter(name=["--output", "-o"])]) -> None:
+    """The average of several runs' weights, each of which began where one before it ended (Wortsman et al. 2022, arXiv 2203.05482).
 
-    It predicts photographs that neither was trained on better than both.
+    It predicts photographs that none was trained on better than each.
 
     Parameters
     ----------
-    first, second
-        Safetensors files of this script.
+    first
+        Safetensors file of this script.
+    others
+        More of them.
     output
         Safetensors file to write.
     """
-    ours, theirs = (load_file(path) for path in (first, second))
-    if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
-        raise OptionError(f"{first} and {second} are of different networks: expected two files of this script with the same tensors")
+    if not others:
+        raise OptionError(f"found {first} alone, expected two files or more to average")
+    made = load_file(first)
+    for count, path in enumerate(others, start=2):
+        found = load_file(path)
+        if made.keys() != found.keys() or any(made[name].shape != found[name].shape for name in made):
+            raise OptionError(f"{first} and {path} are of different networks: expected files of this script with the same tensors")
+        made = {name: torch.lerp(made[name], found[name], 1 / count) for name in made}
     with safe_open(first, "pt") as opened:
         metadata = opened.metadata()
     temporary = output.with_suffix(".partial")
-    save_file({name: torch.lerp(ours[name], theirs[name], 0.5) for name in ours}, temporary, metadata=metadata)
+    save_file(made, temporary, metadata=metadata)
     os.replace(temporary, output)
 
 

@@ -132,21 +132,24 @@ def test_each_part_is_trained_and_leaves_the_other_as_it_was(tmp_path: Path) -> 
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("mean."))
 
 
-def test_the_average_of_two_runs_is_a_network_whose_mean_still_turns(tmp_path: Path) -> None:
-    first, second, both = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "both"))
+def test_the_average_of_runs_is_a_network_whose_mean_still_turns(tmp_path: Path) -> None:
+    first, second, third, made = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "third", "made"))
     go(first, "mean")
     go(second, "mean", start=first, minutes=0.04)
-    average(first, second, output=both)
-    one, other, made = (from_file(path) for path in (first, second, both))
-    for name, value in made.state_dict().items():
-        assert torch.allclose(value, (one.state_dict()[name] + other.state_dict()[name]) / 2, atol=1e-6)
+    go(third, "mean", start=second)
+    average(first, second, third, output=made)
+    runs, net = [from_file(path) for path in (first, second, third)], from_file(made)
+    for name, value in net.state_dict().items():
+        assert torch.allclose(value, sum(run.state_dict()[name] for run in runs) / 3, atol=1e-6)
     x = torch.randn(1, 3, 16, 16)
-    assert (made.mean(x)[1] - one.mean(x)[1]).abs().max() > 0
-    assert (made.mean(x.flip(-1))[1] - made.mean(x)[1].flip(-1)).abs().max() < 1e-5
+    assert (net.mean(x)[1] - runs[0].mean(x)[1]).abs().max() > 0
+    assert (net.mean(x.flip(-1))[1] - net.mean(x)[1].flip(-1)).abs().max() < 1e-5
+    with pytest.raises(OptionError, match="expected two files or more"):
+        average(first, output=made)
     foreign = tmp_path / "foreign.safetensors"
     safetensors.save_file({"a": torch.zeros(1)}, foreign)
     with pytest.raises(OptionError, match="of different networks"):
-        average(first, foreign, output=both)
+        average(first, foreign, output=made)
 
 
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
