@@ -63,7 +63,7 @@ def path_gammas(steps: int = 1000, middle: float = 0.16) -> NDArray[np.float64]:
     return 1 / (1 + (middle * t / (1 - t)) ** 2)
 
 
-def run_gammas(steps: int = 1000, largest: float = 4.15) -> NDArray[np.float64]:
+def run_gammas(steps: int = 1000, largest: float = 4.05) -> NDArray[np.float64]:
     """γ that runs respace: σ_t = largest·t, t = i/steps, where a start is nearly as good as noise.
 
     Evenly in σ: few steps then decide what has most energy and leave out the noise that is less than a step, which costs decibels in
