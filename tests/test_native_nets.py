@@ -1,6 +1,6 @@
 """Networks through sr3rt's own engine for CPUs against float64: every architecture, and random ones under sanitizers.
 
-Float32 alone makes a relative difference of 5e-7 to 2e-6 here, in PyTorch as in the engine. Bfloat16 makes one of up to 7e-2 of the largest
+Float32 alone makes a relative difference of 5e-7 to 2e-6 here, in PyTorch as in the engine. Bfloat16 makes one of up to 6e-2 of the largest
 value; what is in the wrong place makes one of its whole size.
 """
 
@@ -31,7 +31,7 @@ from sr3rt.export.program import describe, dumps  # noqa: E402
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {"auto": 1e-5, "avx2": 1e-5, "avx2_bf16": 8e-2, "avx512_bf16": 8e-2, "amx_bf16": 2e-2}
+LIMITS = {"auto": 1e-5, "avx2": 1e-5, "avx2_bf16": 6e-2, "avx512_bf16": 6e-2, "amx_bf16": 2e-2}
 INSTRUCTIONS = tuple(filter(_native.has, LIMITS))
 LEVELS = (0.875, 0.25, 0.0078125)
 """Powers of two, nearly: the paper's networks multiply the level by 5000, and float32 rounds that of others by up to 2e-4."""

@@ -38,12 +38,10 @@ def trained(name: str) -> Any:
     torch.manual_seed(0)
     net = NETS[name]()
     with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(
-                torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
-                if parameter.ndim > 1
-                else 1 + torch.randn_like(parameter) / 4
-            )
+        for name, parameter in net.named_parameters():
+            spread = max(1, parameter[0].numel()) ** -0.5 if parameter.ndim > 1 else 0.25
+            middle = 1 if parameter.ndim == 1 and name.endswith("weight") else 0  # a norm's; biases of one would add up block by block
+            parameter.copy_(middle + spread * torch.randn_like(parameter))
     return net.eval()
 
 

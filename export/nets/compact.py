@@ -145,7 +145,7 @@ class Block(nn.Module):
 class Mean(nn.Module):
     """x (B, C, H, W) -> features at the input's resolution (B, width, H/4, W/4) and E[y0 | x] (B, C, H, W).
 
-    It gives a negative's negative for a negative: the prediction is half the difference of what it makes of x and of -x.
+    Of a negative it predicts the negative: the prediction is x and half the difference of what it makes of x and of -x.
     """
 
     def __init__(self, config: CompactConfig) -> None:

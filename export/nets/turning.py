@@ -29,6 +29,13 @@ def _sources() -> list[list[int]]:
     return [[product[row.index(0)][g] for g in range(ORDER)] for row in product]
 
 
+def _turns(base: Tensor, places: int) -> Tensor:
+    """(N, C, k·s, k·s) -> (8N, C, k, s, k, s): each turned in all ways, the s×s places of a picture's square apart."""
+    full = torch.stack([turned(base, turn) for turn in TURNS], dim=1).flatten(0, 1)
+    split: Tensor = full.unflatten(3, (-1, places)).unflatten(2, (-1, places))  # type: ignore[no-untyped-call]
+    return split
+
+
 class Lifted(nn.Module):
     """(O/8, C, k·s, k·s) -> the weight (O, C·s·s, k, k) of a convolution that makes features of s×s places (pixel_unshuffle)."""
 
@@ -37,10 +44,7 @@ class Lifted(nn.Module):
         self.places = places
 
     def forward(self, base: Tensor) -> Tensor:
-        full = torch.stack([turned(base, turn) for turn in TURNS], dim=1).flatten(0, 1)
-        s = self.places
-        split: Tensor = full.unflatten(3, (-1, s)).unflatten(2, (-1, s))  # type: ignore[no-untyped-call]
-        return split.permute(0, 1, 3, 5, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
+        return _turns(base, self.places).permute(0, 1, 3, 5, 2, 4).flatten(1, 3).contiguous(memory_format=torch.channels_last)
 
     def right_inverse(self, full: Tensor) -> Tensor:
         s = self.places
@@ -73,10 +77,8 @@ class Lowered(nn.Module):
         self.places = places
 
     def forward(self, base: Tensor) -> Tensor:
-        full = torch.stack([turned(base, turn) for turn in TURNS], dim=1).flatten(0, 1)
-        s = self.places
-        split: Tensor = full.unflatten(3, (-1, s)).unflatten(2, (-1, s))  # type: ignore[no-untyped-call]
-        gathered = split.permute(1, 3, 5, 0, 2, 4).flip(-1, -2)  # a convolution gathers: to the left of a pixel is who adds to its right
+        split = _turns(base, self.places).permute(1, 3, 5, 0, 2, 4)
+        gathered = split.flip(-1, -2)  # a convolution gathers: to the left of a pixel is who adds to its right
         return gathered.flatten(0, 2).contiguous(memory_format=torch.channels_last)
 
     def right_inverse(self, full: Tensor) -> Tensor:
