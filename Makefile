@@ -29,13 +29,15 @@ demo: $(VENV_DEMO)
 	.venv-demo/bin/sr3rt upscale -i examples/photo.png -o demo/photo.png --compare --overwrite
 	@echo 'Results, in $(CURDIR)/demo:' && ls -1 demo
 
-test: $(VENV) test-serve
+test:
+	$(MAKE) --jobs 2 $(VENV) $(VENV_SERVE)  # one unpacks while the other compiles
+	$(MAKE) test-serve
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 # What needs no torch, with the oldest NumPy; and everything that asks a real Triton Inference Server.
 test-serve: $(VENV_SERVE)
 	.venv-serve/bin/python -m pytest -q tests/server
-	.venv-serve/bin/python -m pytest -q $(RUNTIME_TESTS)
+	.venv-serve/bin/python -m pytest -q -n 2 --dist loadfile $(RUNTIME_TESTS)
 
 bench: $(VENV)
 	.venv/bin/python -m pytest -q benchmarks/ $(BENCH)
@@ -61,7 +63,7 @@ $(VENV_SERVE): $(NATIVE)
 	@test -n '$(SERVE_PYTHON)' || { echo 'No Python 3.11 or 3.12 is here: Triton Inference Server cannot be tested. Install one.'; exit 1; }
 	@echo 'Making .venv-serve, with Triton Inference Server and without torch: about a minute.'
 	$(SERVE_PYTHON) -m venv .venv-serve
-	.venv-serve/bin/python $(PIP_INSTALL) --editable '.[cpu,serve]' pytest scikit-image \
+	.venv-serve/bin/python $(PIP_INSTALL) --editable '.[cpu,serve]' pytest pytest-xdist scikit-image \
 		|| { echo 'Triton Inference Server could not be installed: its tests cannot run, and so `make test` fails.'; exit 1; }
 	@touch $@
 
