@@ -55,7 +55,8 @@ def markdown(data: dict[str, Any]) -> str:
     environment, visits = data["environment"], min(entry["visits"] for entry in data["entries"])
     lines = [
         f"{environment['cpu']}{', ' + environment['gpu'] if environment['gpu'] else ''}, {environment['threads']} threads, "
-        f"{environment['date'][:10]}; medians of interleaved turns in {visits} visits, 95 % intervals. "
+        f"{environment['date'][:10]}; medians of interleaved turns in {visits} visits, 95 % intervals. "
+        "PyTorch's memory is kept from step to step; by default it is slower. "
         "Shares are of the best float32 matrix product, with a convolution's operations as the direct sum has them, of which Winograd's "
         "takes a quarter. Of the shipped model, sr3rt's native engine computes the part that depends on the input alone once per picture, "
         "before these steps; the others do so at every step, and it is counted so:",

@@ -28,6 +28,12 @@ from sr3rt.timing import BUSY, Load
 
 TURN = 0.4  # seconds that a turn should take at least: /proc counts CPU time in hundredths
 LEAST, MOST = 3, 400  # rounds, of them quiet where that can be had; rounds at most
+STEADY = {
+    "OMP_WAIT_POLICY": "passive",  # PyTorch's threads would spin
+    # PyTorch on a CPU gives large tensors back at every step and has them again page by page, which takes a tenth of a step or a quarter,
+    # by how the kernel's memory lies that minute (mallopt(3); of the GNU C library).
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184",
+}
 
 
 class WorkerDied(RuntimeError):
@@ -47,7 +53,7 @@ class Worker:
         self.name = contender if plant is None else f"{contender} with {plant:.0%} planted"
         order = {"contender": contender, "workload": workload, "batch": batch, "steps": steps, "threads": threads, "device": device}
         compilers = os.cpu_count() if device == "cuda" else 1  # a pool that is left running would disturb others on the CPU
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
+        environment = {**os.environ, **STEADY, "TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
         self._words: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, __exit__ closes it
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps({**order, "plant": plant, "parent": os.getpid()})],
