@@ -315,9 +315,10 @@ def test_what_depends_on_x_alone_is_made_anew_where_one_value_is_another(shipped
     assert (out[1:] == first[1:]).all() and (out[0] != first[0]).any()
 
 
-def test_pictures_that_join_leave_and_change_places_change_no_bit(shipped: Bundle) -> None:
+@pytest.mark.parametrize("size", [64, 192], ids=["pictures together", "one by one"])
+def test_pictures_that_join_leave_and_change_places_change_no_bit(shipped: Bundle, size: int) -> None:
     """As in a running batch: what was made of an x is found wherever it is now, also twice."""
-    x, y, level = random(4, 3, 192, 192), random(4, 3, 192, 192) * 2, np.array([[0.9], [0.5], [0.3], [0.01]], np.float32)
+    x, y, level = random(4, 3, size, size), random(4, 3, size, size) * 2, np.array([[0.9], [0.5], [0.3], [0.01]], np.float32)
     network = native.load(shipped, Request("native", threads=2))
     for rows in ([0, 1], [1, 0, 2], [2], [3, 2, 1, 0], [2, 2, 0], [3, 3, 3, 3], [0, 1, 2, 3]):
         arrays = x[rows], y[: len(rows)], level[: len(rows)]

@@ -85,6 +85,19 @@ def test_threads_and_neighbours_change_no_bit_of_a_network(name: str, instructio
             assert (run(network, *(array[i : i + 1] for array in arrays)) == expected[i : i + 1]).all()
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("name", ["sr3_a", "ddpm_e", "compact"])
+def test_large_layers_are_made_picture_by_picture_and_small_ones_together(name: str, instructions: str) -> None:
+    """In the bits of each alone, and in less memory than all of them together would take."""
+    program, weights, channels, stride = made(name)
+    arrays = inputs(name, 3, 80 // stride, 72 // stride)
+    network = compiled(program, weights, channels, 1, instructions=instructions)
+    assert network.memory(3, 80, 72) < 2.5 * network.memory(1, 80, 72)
+    found = run(network, *arrays)
+    for i in range(3):
+        assert (run(network, *(array[i : i + 1] for array in arrays)) == found[i : i + 1]).all()
+
+
 # --- the engine alone (tests/native), under sanitizers
 
 EXACT = ("-std=c++20", "-g0", "-fno-math-errno", "-fno-trapping-math")

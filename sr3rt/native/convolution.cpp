@@ -114,7 +114,7 @@ Epilogue Convolution::epilogue(const Run& run, std::size_t picture, std::size_t 
     const std::size_t channel = panel * 2 * lanes_;
     Epilogue end{};
     if (options_.level >= 0) {
-        const float* level = run.levels[options_.level].data() + 2 * picture * bias_.size();
+        const float* level = run.levels[options_.level].data() + 2 * (run.first + picture) * bias_.size();
         end.scale = options_.scaled ? level + channel : nullptr;
         end.shift = level + bias_.size() + channel;
     } else {

@@ -49,6 +49,12 @@ struct Planar {
     float* out;
     std::size_t channels, count;
     int height, width;
+
+    // `some` from picture `first` on, whose results have so many floats each.
+    Planar pictures(std::size_t first, std::size_t some, std::size_t result) const {
+        const std::size_t before = first * channels * static_cast<std::size_t>(height) * width;
+        return {x + before, y + before, level + first, out + first * result, channels, some, height, width};
+    }
 };
 
 // One run of a network: its registers, and memory that layers may use while they run.
@@ -58,6 +64,7 @@ struct Run {
     const Planar& planar;
     const std::vector<View>& views;
     const std::vector<std::vector<float>>& levels;  // of each layer with a level: scale and shift of every picture, channel after channel
+    std::size_t first;  // of those pictures: the first of this run
     float* shared;
     float* own;  // of each thread, `own_size` floats
     std::size_t own_size;

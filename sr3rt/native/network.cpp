@@ -16,6 +16,13 @@ namespace {
 
 constexpr std::size_t SLACK = 64;  // floats that may be read, not used, beyond a register's end
 
+[[noreturn]] void misfit(int height, int width) {
+    throw std::invalid_argument("the network's registers do not fit one another at " + std::to_string(height) + "×" +
+                                std::to_string(width) + ": its stride does not divide that");
+}
+
+}  // namespace
+
 // The first gap between the taken parts of the arena that `size` fits into.
 class Arena {
    public:
@@ -46,13 +53,6 @@ class Arena {
     std::vector<Part> parts_;  // by begin
     std::size_t size_ = 0;
 };
-
-[[noreturn]] void misfit(int height, int width) {
-    throw std::invalid_argument("the network's registers do not fit one another at " + std::to_string(height) + "×" +
-                                std::to_string(width) + ": its stride does not divide that");
-}
-
-}  // namespace
 
 Floats floats(std::size_t count) {
     constexpr std::size_t PAGE = std::size_t{2} << 20;
@@ -195,72 +195,116 @@ void Network::from_bands(int bands, int mean, int fine, float detail) {
     reads_.back().push_back(mean);
 }
 
-std::size_t Network::register_size(std::size_t index, const Extent& extent, std::size_t count) const {
-    const Register& one = registers_[index];
-    return rounded_up(count * static_cast<std::size_t>(extent.height) * extent.width * one.padded + SLACK, 16);
+// Of every register.
+std::vector<Extent> Network::extents(int height, int width) const {
+    std::vector<Extent> extents(registers_.size());
+    const auto same = [&](int a, int b) { return extents[a].height == extents[b].height && extents[a].width == extents[b].width; };
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+        const Layer& layer = *layers_[i];
+        for (const int source : layer.from)
+            if (!same(source, layer.from[0])) misfit(height, width);
+        if (layer.to < 0) continue;
+        const Extent& extent = extents[layer.to] = layer.extent(extents, height, width);
+        if (extent.height < 1 || extent.width < 1) misfit(height, width);
+        const bool adds = reads_[i].size() > layer.from.size();
+        if (adds && !same(reads_[i].back(), layer.to)) misfit(height, width);
+        if (registers_[layer.to].normed && extent.units == 0) throw std::invalid_argument("a norm reads what no convolution wrote");
+    }
+    return extents;
+}
+
+// From the first layer that makes several pictures faster together to the last.
+Network::Span Network::shared_span(const std::vector<Extent>& extents) const {
+    Span span{layers_.size(), layers_.size()};
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+        const Layer& layer = *layers_[i];
+        if (layer.to < 0 || still(layer.to) || !layer.shares(extents, pool_.threads())) continue;
+        span = {std::min(span.begin, i), i + 1};
+    }
+    return span;
 }
 
 Network::Plan Network::plan(std::size_t count, int height, int width) const {
     Plan plan{};
-    std::vector<std::size_t> last(registers_.size(), 0);
-    plan.kept.resize(registers_.size());
-    for (std::size_t i = 0; i < layers_.size(); ++i)
-        for (const int read : reads_[i]) {
-            last[read] = i;
-            if (layers_[i]->to < 0 || !still(layers_[i]->to)) plan.kept[read] = still(read);
-        }
-    const auto place = [&](std::size_t index, std::size_t size, Arena& arena) {
-        if (!plan.kept[index]) return arena.take(size, last[index]);
-        plan.kept_size += size;
-        return plan.kept_size - size;
-    };
-    Arena arena;
+    plan.extents = extents(height, width);
+    const Extent made = layers_.empty() ? Extent{} : layers_.back()->extent(plan.extents, height, width);
+    plan.result = channels_ * static_cast<std::size_t>(made.height) * made.width;
+    plan.together = count == 1 ? Span{0, layers_.size()} : shared_span(plan.extents);
+    plan.registers = places(plan.together);
     Scratch most;
-    plan.offsets.resize(registers_.size()), plan.sums.resize(registers_.size()), plan.extents.resize(registers_.size());
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-        const Layer& layer = *layers_[i];
-        arena.release(i);
-        const auto same = [&](int a, const Extent& b) { return plan.extents[a].height == b.height && plan.extents[a].width == b.width; };
-        for (const int source : layer.from)
-            if (!same(source, plan.extents[layer.from[0]])) misfit(height, width);
-        if (layer.to >= 0) {
-            const std::size_t to = static_cast<std::size_t>(layer.to);
-            const Extent extent = plan.extents[to] = layer.extent(plan.extents, height, width);
-            if (extent.height < 1 || extent.width < 1) misfit(height, width);
-            const bool adds = reads_[i].size() > layer.from.size();
-            if (adds && !same(reads_[i].back(), extent)) misfit(height, width);
-            plan.offsets[to] = place(to, register_size(to, extent, count), arena);
-            if (registers_[to].normed) {
-                if (extent.units == 0) throw std::invalid_argument("a norm reads what no convolution wrote");
-                plan.sums[to] = place(to, rounded_up(count * extent.units * 4 * registers_[to].padded, 16), arena);
-            }
+    std::size_t registers = 0;
+    for (const bool first : {true, false}) {  // what depends on x alone comes before the rest, and leaves nothing in the arena
+        Arena arena;
+        for (std::size_t i = 0; i < layers_.size(); ++i) {
+            arena.release(i);
+            for (std::size_t index = 0; index < registers_.size(); ++index)
+                if (plan.registers[index].from == i && still(index) == first) put(plan, index, count, arena);
+            const bool alone = is_still(*layers_[i]) || i < plan.together.begin || i >= plan.together.end;
+            const Scratch need = layers_[i]->scratch(plan.extents, alone ? 1 : count);
+            most.shared = std::max(most.shared, need.shared);
+            most.own = std::max(most.own, need.own);
         }
-        const Scratch need = layer.scratch(plan.extents, count);
-        most.shared = std::max(most.shared, need.shared);
-        most.own = std::max(most.own, need.own);
+        registers = std::max(registers, arena.size());
     }
+    if (!plan.kept.empty()) keep(plan, channels_ * static_cast<std::size_t>(height) * width);  // x, the last
     plan.own_size = plane_of(most.own);
-    plan.shared = arena.size();
+    plan.shared = registers;
     plan.own = plan.shared + rounded_up(most.shared, 16);
     plan.size = plan.own + plan.own_size * pool_.threads() + SLACK;
     return plan;
 }
 
-Extent Network::result_extent(int height, int width) const {
-    const Plan made = plan(1, height, width);
-    return layers_.empty() || layers_.back()->to >= 0 ? Extent{} : layers_.back()->extent(made.extents, height, width);
+// Which layers need each register, and whether they do so picture by picture.
+std::vector<Network::Place> Network::places(Span together) const {
+    std::vector<Place> places(registers_.size());
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+        if (layers_[i]->to >= 0) places[layers_[i]->to].from = places[layers_[i]->to].until = i;
+        for (const int read : reads_[i]) {
+            places[read].until = i;
+            if (!is_still(*layers_[i])) places[read].kept = still(read);
+        }
+    }
+    for (std::size_t index = 0; index < places.size(); ++index) {
+        Place& place = places[index];
+        place.lone = !place.kept && (still(index) || place.until < together.begin || place.from >= together.end);
+        if (place.lone || still(index)) continue;
+        if (place.from < together.begin) place.from = 0;  // a picture writes it while another's others are still to be made
+        if (place.until >= together.end) place.until = layers_.size();
+    }
+    return places;
 }
 
-// Floats of so many pictures.
-std::size_t Network::planes(std::size_t count, int height, int width) const {
-    return rounded_up(count * channels_ * static_cast<std::size_t>(height) * width, 16);
+// Finds room for a register and for its sums.
+void Network::put(Plan& plan, std::size_t index, std::size_t count, Arena& arena) const {
+    Place& place = plan.registers[index];
+    const Extent& extent = plan.extents[index];
+    const Register& one = registers_[index];
+    const std::size_t size = static_cast<std::size_t>(extent.height) * extent.width * one.padded, sums = extent.units * 4 * one.padded;
+    if (place.kept) {
+        place.offset = keep(plan, size);
+        if (one.normed) place.sums = keep(plan, sums);
+        return;
+    }
+    const std::size_t pictures = place.lone ? 1 : count;
+    place.offset = arena.take(rounded_up(pictures * size + SLACK, 16), place.until);
+    if (one.normed) place.sums = arena.take(rounded_up(pictures * sums, 16), place.until);
+}
+
+// So many floats more in each slot of Kept. Returns those before them.
+std::size_t Network::keep(Plan& plan, std::size_t size) {
+    plan.kept.push_back({plan.kept_size, size});
+    plan.kept_size += size;
+    return plan.kept.back().offset;
+}
+
+Extent Network::result_extent(int height, int width) const {
+    return layers_.empty() || layers_.back()->to >= 0 ? Extent{} : layers_.back()->extent(extents(height, width), height, width);
 }
 
 std::size_t Network::memory_of(std::size_t count, int height, int width) const {
-    const std::size_t some = together(count, height, width), arena = arena_size_, kept = kept_size_;
-    const Plan plan = this->plan(some, height, width);
-    const std::size_t keeps = plan.kept_size == 0 ? 0 : count / some * (planes(some, height, width) + plan.kept_size);
-    return ((plan.size > arena ? plan.size - arena : 0) + (keeps > kept ? keeps - kept : 0)) * sizeof(float);
+    const Plan plan = this->plan(together(count, height, width), height, width);
+    const std::size_t arena = arena_size_, kept = kept_size_, keeps = count * plan.kept_size;
+    return ((plan.size > arena ? plan.size - arena : 0) + (keeps > kept ? keeps : 0)) * sizeof(float);  // what is kept is copied to grow
 }
 
 // Scale and shift of each projection: for every picture first the scales of all channels, then the shifts.
@@ -289,98 +333,129 @@ std::vector<std::vector<float>> Network::levels(const Planar& planar) {
 
 void Network::forked() {
     new (&mutex_) std::mutex;
-    for (Kept::Group& group : kept_.groups) group.valid = false;  // the other process may have been writing it
+    kept_.valid.assign(kept_.slots, false);  // the other process may have been writing there
     pool_.forked();
 }
 
 // All, or one, which stays nearer: in a batch every layer would read what has left the caches since it was written.
 std::size_t Network::together(std::size_t count, int height, int width) const {
-    const Plan one = plan(1, height, width);
-    const auto shares = [&](const auto& layer) { return layer->to >= 0 && layer->shares(one.extents, pool_.threads()); };
-    return std::any_of(layers_.begin(), layers_.end(), shares) ? count : 1;
+    const auto [begin, end] = shared_span(extents(height, width));
+    return begin < end ? count : 1;
 }
 
+// Large layers before those that are faster together, and after them, are run picture by picture too.
 void Network::run(const Planar& planar) {
     const std::lock_guard guard(mutex_);
     const std::size_t some = together(planar.count, planar.height, planar.width);
     const Plan plan = this->plan(some, planar.height, planar.width);
-    const Extent made = layers_.back()->extent(plan.extents, planar.height, planar.width);
-    const auto size_of = [&](int height, int width) { return planar.channels * static_cast<std::size_t>(height) * width; };
-    const std::size_t size = size_of(planar.height, planar.width), out_size = size_of(made.height, made.width);
-    make_room(plan, planar, some);
-    std::vector<Planar> parts;
-    for (std::size_t first = 0; first < planar.count; first += some) {  // `some` divides the count
-        Planar part = planar;
-        part.x += first * size, part.y += first * size, part.out += first * out_size, part.level += first, part.count = some;
-        parts.push_back(part);
+    make_room(plan, planar);
+    Planar all = planar;
+    if (!plan.kept.empty()) {
+        refresh(planar, plan);
+        all.x = kept_.at(plan.kept.back(), 0);  // the caller's may change meanwhile
     }
-    if (plan.kept_size != 0) return run_kept(parts, plan);
-    for (const Planar& part : parts) run_some(part, plan, nullptr, false);
-}
-
-std::size_t Network::Kept::find(const float* x, std::size_t bytes) const {
-    const auto same = [&](const Group& group) { return group.valid && std::memcmp(group.memory.get(), x, bytes) == 0; };
-    return static_cast<std::size_t>(std::find_if(groups.begin(), groups.end(), same) - groups.begin());
-}
-
-void Network::run_kept(const std::vector<Planar>& parts, const Plan& plan) {
-    std::vector<Kept::Group>& groups = kept_.groups;
-    const std::size_t bytes = parts[0].count * channels_ * static_cast<std::size_t>(kept_.height) * kept_.width * sizeof(float);
-    const std::size_t registers = planes(kept_.pictures, kept_.height, kept_.width);
-    std::vector<std::size_t> found;
-    std::vector<bool> needed(groups.size() + 1, false);
-    for (const Planar& part : parts) {
-        found.push_back(kept_.find(part.x, bytes));
-        needed[found.back()] = true;
-    }
-    for (std::size_t i = 0; i < parts.size(); ++i) {
-        Planar part = parts[i];
-        std::size_t index = found[i] < groups.size() ? found[i] : kept_.find(part.x, bytes);  // one before it may have had the same x
-        const bool again = index < groups.size();
-        if (!again) index = static_cast<std::size_t>(std::find(needed.begin(), needed.end(), false) - needed.begin());
-        needed[index] = true;
-        Kept::Group& group = groups[index];
-        group.valid = again;  // not while it is being made
-        if (!again) std::memcpy(group.memory.get(), part.x, bytes);
-        part.x = group.memory.get();  // the caller's may change meanwhile
-        run_some(part, plan, group.memory.get() + registers, again);
-        group.valid = true;
+    const std::vector<std::vector<float>> levels = this->levels(all);
+    const auto [begin, end] = plan.together;
+    for (std::size_t first = 0; first < all.count; first += some) {  // `some` divides the count
+        const auto one_by_one = [&](Span layers) {
+            for (std::size_t n = 0; n < some && layers.begin < layers.end; ++n) run_layers(all, plan, levels, {first + n, n, 1}, layers, false);
+        };
+        one_by_one({0, begin});
+        run_layers(all, plan, levels, {first, 0, some}, plan.together, false);
+        one_by_one({end, layers_.size()});
     }
 }
 
-void Network::make_room(const Plan& plan, const Planar& planar, std::size_t some) {
+float* Network::Kept::at(Part part, std::size_t slot) const { return memory.get() + slots * part.offset + slot * part.size; }
+
+// Makes every slot that of its picture: moves what is there of the same x, and computes the rest.
+void Network::refresh(const Planar& planar, const Plan& plan) {
+    const Part x = plan.kept.back();
+    const auto holds = [&](std::size_t slot, std::size_t n) {
+        return kept_.valid[slot] && std::memcmp(kept_.at(x, slot), planar.x + n * x.size, x.size * sizeof(float)) == 0;
+    };
+    const auto find = [&](std::size_t n) {
+        std::size_t slot = 0;
+        while (slot < kept_.slots && !holds(slot, n)) ++slot;
+        return slot;
+    };
+    std::vector<std::pair<std::size_t, Floats>> moved;
+    std::vector<std::size_t> lost;
+    for (std::size_t n = 0; n < planar.count; ++n) {
+        if (holds(n, n)) continue;
+        const std::size_t slot = find(n);
+        if (slot == kept_.slots) {
+            lost.push_back(n);
+            continue;
+        }
+        moved.emplace_back(n, floats(plan.kept_size));  // another picture's may go where it lies
+        for (const Part part : plan.kept) std::copy_n(kept_.at(part, slot), part.size, moved.back().second.get() + part.offset);
+    }
+    for (const auto& [n, memory] : moved) {
+        for (const Part part : plan.kept) std::copy_n(memory.get() + part.offset, part.size, kept_.at(part, n));
+        kept_.valid[n] = true;
+    }
+    Planar all = planar;
+    all.x = kept_.at(x, 0);
+    for (const std::size_t n : lost) {
+        kept_.valid[n] = false;  // until it is done
+        if (const std::size_t slot = find(n); slot < kept_.slots) {  // one before it had the same x
+            for (const Part part : plan.kept) std::copy_n(kept_.at(part, slot), part.size, kept_.at(part, n));
+        } else {
+            std::copy_n(planar.x + n * x.size, x.size, kept_.at(x, n));
+            run_layers(all, plan, {}, {n, 0, 1}, {0, layers_.size()}, true);
+        }
+        kept_.valid[n] = true;
+    }
+}
+
+void Network::make_room(const Plan& plan, const Planar& planar) {
     if (plan.size > arena_size_) {
         arena_.reset(), arena_size_ = 0;
         arena_ = floats(plan.size);
         arena_size_ = plan.size;
     }
-    if (plan.kept_size == 0) return;
-    Kept& kept = kept_;
-    if (kept.pictures != some || kept.height != planar.height || kept.width != planar.width) {
-        kept.groups.clear(), kept_size_ = 0;
-        kept.pictures = some, kept.height = planar.height, kept.width = planar.width;
-    }
-    const std::size_t size = planes(some, planar.height, planar.width) + plan.kept_size;
-    for (; kept.groups.size() < planar.count / some; kept_size_ += size) kept.groups.push_back({floats(size)});
+    const bool same = kept_.height == planar.height && kept_.width == planar.width;
+    if (plan.kept.empty() || (same && kept_.slots >= planar.count)) return;
+    if (!same) kept_ = {}, kept_size_ = 0;
+    Kept more{planar.count, planar.height, planar.width, floats(planar.count * plan.kept_size + SLACK), kept_.valid};
+    more.valid.resize(more.slots, false);
+    for (const Part part : plan.kept)
+        if (kept_.slots > 0) std::copy_n(kept_.at(part, 0), kept_.slots * part.size, more.at(part, 0));
+    kept_ = std::move(more);
+    kept_size_ = kept_.slots * plan.kept_size;
 }
 
-void Network::run_some(const Planar& planar, const Plan& plan, float* kept, bool again) {
+std::vector<View> Network::views(const Plan& plan, const Some& some) const {
     std::vector<View> views(registers_.size());
     for (std::size_t i = 0; i < views.size(); ++i) {
         const Extent& extent = plan.extents[i];
-        float* from = plan.kept[i] ? kept : arena_.get();
-        double* sums = registers_[i].normed ? reinterpret_cast<double*>(from + plan.sums[i]) : nullptr;
-        views[i] = {from + plan.offsets[i], extent.height, extent.width, registers_[i].padded, sums, extent.units};
+        const Place& place = plan.registers[i];
+        float* from = place.kept ? kept_.memory.get() : arena_.get();
+        const std::size_t slots = place.kept ? kept_.slots : 1;
+        double* sums = registers_[i].normed ? reinterpret_cast<double*>(from + slots * place.sums) : nullptr;
+        View& view = views[i] = {from + slots * place.offset, extent.height, extent.width, registers_[i].padded, sums, extent.units};
+        const std::size_t picture = place.kept ? some.first : place.lone ? 0 : some.place;
+        view.data = view.picture(picture);
+        if (sums != nullptr) view.sums = view.picture_sums(picture);
     }
-    const std::vector<std::vector<float>> made = levels(planar);
-    const Run run{kernels_, pool_, planar, views, made, arena_.get() + plan.shared, arena_.get() + plan.own, plan.own_size};
-    for (const auto& layer : layers_) {
-        if (again && layer->to >= 0 && still(layer->to)) continue;
-        if (layer->to >= 0 && views[layer->to].sums != nullptr) {
-            const View& view = views[layer->to];
+    return views;
+}
+
+// Of the layers those that depend on x alone, or the others.
+void Network::run_layers(const Planar& all, const Plan& plan, const std::vector<std::vector<float>>& levels, const Some& some, Span layers,
+                         bool still_ones) {
+    const Planar planar = all.pictures(some.first, some.count, plan.result);
+    const std::vector<View> views = this->views(plan, some);
+    const Run run{kernels_, pool_, planar, views, levels, some.first, arena_.get() + plan.shared, arena_.get() + plan.own, plan.own_size};
+    for (std::size_t i = layers.begin; i < layers.end; ++i) {
+        const Layer& layer = *layers_[i];
+        if (is_still(layer) != still_ones) continue;
+        if (layer.to >= 0 && views[layer.to].sums != nullptr) {
+            const View& view = views[layer.to];
             std::memset(view.sums, 0, planar.count * view.units * 2 * view.padded * sizeof(double));
         }
-        layer->run(run);
+        layer.run(run);
     }
 }
 

@@ -12,6 +12,8 @@
 
 namespace sr3 {
 
+class Arena;
+
 // One linear layer, its weights turned so that an input's are side by side.
 struct Linear {
     std::size_t inputs, outputs;
@@ -51,8 +53,8 @@ class Network {
     // To be called first in a process that was forked: it has neither the network's threads nor the one that may have been in `run`.
     void forked();
 
-    // Safe to call from several threads: one runs at a time, with all of the network's threads. What depends on x alone is kept
-    // until the next run, which computes it only for groups of pictures (all, or one by one) in which an x is another.
+    // Safe to call from several threads: one runs at a time, with all of the network's threads. What depends on x alone is kept of each
+    // picture until the next run, which computes it only of those whose x was not there, wherever in the batch.
     void run(const Planar&);
 
     std::size_t channels() const { return channels_; }
@@ -67,39 +69,57 @@ class Network {
         std::size_t outputs;
         bool scaled;
     };
-    // Where everything lies: offsets into the arena, in floats.
+    // Layers [begin, end).
+    struct Span {
+        std::size_t begin, end;
+    };
+    // Where a register lies, and its sums: offsets in floats, into the arena or, kept, into a slot of Kept. Layers [from, until] need it.
+    struct Place {
+        std::size_t from, until, offset, sums;
+        bool kept, lone;  // lone: with room for one picture, as only layers use it that are run picture by picture
+    };
+    // So many floats of each slot of Kept, and how many are before them.
+    struct Part {
+        std::size_t offset, size;
+    };
     struct Plan {
         std::vector<Extent> extents;
-        std::vector<std::size_t> offsets, sums;
-        std::vector<bool> kept;  // registers that lie in Kept instead
-        std::size_t shared, own, own_size, size, kept_size;
+        std::vector<Place> registers;
+        Span together;  // layers that are run with all pictures at once
+        std::vector<Part> kept;
+        std::size_t shared, own, own_size, size, kept_size, result;  // result: floats of a picture's
     };
-    // What depends on x alone, of groups of pictures that are run together: whoever has the same x later, wherever in a batch, finds it.
+    // What depends on x alone: slot n has it of the n-th picture. A part of all slots lies together, as a run's views have pictures.
     struct Kept {
-        struct Group {
-            Floats memory;  // x, then the registers
-            bool valid = false;
-        };
-        std::size_t pictures = 0;  // in a group
+        std::size_t slots = 0;
         int height = 0, width = 0;
-        std::vector<Group> groups;
+        Floats memory;
+        std::vector<bool> valid;  // of each slot
 
-        // The group that was made of this x, or groups.size().
-        std::size_t find(const float* x, std::size_t bytes) const;
+        float* at(Part, std::size_t slot) const;
+    };
+    // `count` pictures from `first` on, which begin at the `place`-th of those that the arena has room for.
+    struct Some {
+        std::size_t first, place, count;
     };
 
     int add(std::unique_ptr<Layer>, std::size_t channels, bool still = false);
-    bool still(int index) const { return registers_[static_cast<std::size_t>(index)].still; }
+    bool still(std::size_t index) const { return registers_[index].still; }
+    bool is_still(const Layer& layer) const { return layer.to >= 0 && still(layer.to); }
     void add_last(std::unique_ptr<Layer>);
     const Register& checked(int index) const;
     int side_of(int mean) const;  // of the squares that its channels hold
     std::size_t lanes() const { return static_cast<std::size_t>(kernels_.lanes); }
-    std::size_t register_size(std::size_t index, const Extent&, std::size_t count) const;
+    std::vector<Extent> extents(int height, int width) const;
+    Span shared_span(const std::vector<Extent>&) const;
+    void put(Plan&, std::size_t index, std::size_t count, Arena&) const;
     std::size_t together(std::size_t count, int height, int width) const;  // pictures that are run at a time
-    std::size_t planes(std::size_t count, int height, int width) const;
-    void make_room(const Plan&, const Planar&, std::size_t some);
-    void run_kept(const std::vector<Planar>& parts, const Plan&);
-    void run_some(const Planar&, const Plan&, float* kept, bool again);
+    std::vector<Place> places(Span together) const;
+    static std::size_t keep(Plan&, std::size_t size);
+    void make_room(const Plan&, const Planar&);
+    void refresh(const Planar&, const Plan&);
+    std::vector<View> views(const Plan&, const Some&) const;
+    void run_layers(const Planar& all, const Plan&, const std::vector<std::vector<float>>& levels, const Some&, Span, bool still_ones);
     Plan plan(std::size_t count, int height, int width) const;
     std::vector<std::vector<float>> levels(const Planar&);
 
