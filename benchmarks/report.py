@@ -58,7 +58,7 @@ def markdown(data: dict[str, Any]) -> str:
         f"{environment['date'][:10]}; medians of interleaved turns in {visits} visits, 95 % intervals. "
         "PyTorch's memory is kept from step to step; by default it is slower. "
         "Shares are of the best float32 matrix product, with a convolution's operations as the direct sum has them, of which Winograd's "
-        "takes a quarter. Of the shipped model, sr3rt's native engine computes the part that depends on the input alone once per picture, "
+        "takes a quarter. Of the shipped model, sr3rt's CPU backends compute the part that depends on the input alone once per picture, "
         "before these steps; the others do so at every step, and it is counted so:",
         "",
         "| workload | contender | a step, p50 | eager ÷ it | best matmul's share | relative error |",

@@ -1,6 +1,7 @@
 """A program (docs/program.md) -> the same as an ONNX graph, whose weights stay in the program's own file.
 
-The graph is of opset 21, with free batch, height and width. A value is named after the register that it goes into.
+The graph is of opset 21, with free batch, height and width. A value is named after the register that it goes into. A program that
+computes something of x alone is also given in two parts, so that this need not be computed at every step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
-from sr3rt.program import GAIN, LIFT
+from sr3rt.bundle import NETWORK, ONCE, STEP
+from sr3rt.program import GAIN, LIFT, registers_read, still_registers
 from sr3rt.safetensors import Weights
 
 OPSET = 21
@@ -28,31 +30,62 @@ END = np.iinfo(np.int64).max
 HEIGHT, WIDTH = 2, 3
 
 
-def graph(program: Mapping[str, Any], weights: Path, *, channels: int) -> onnx.ModelProto:
-    """The graph of a program whose tensors are in the file `weights`, for pictures of so many channels.
+def graphs(program: Mapping[str, Any], weights: Path, *, channels: int) -> dict[str, onnx.ModelProto]:
+    """By file name, the graphs of a program whose tensors are in the file `weights`, for pictures of so many channels.
 
-    The file's SHA-256 is put into the graph, whose own then stands for both.
+    NETWORK from x, y and level to out. Where convolutions depend on x alone, also ONCE, from x to the registers that these end in,
+    and STEP, from x, y, level and those registers to out. The weights' SHA-256 is put into each graph, whose own then stands for both.
     """
+    operations = program["operations"]
+    still = still_registers(operations)
+    once = [one for one in operations if one["to"] in still]
+    step = [one for one in operations if one["to"] not in still]
     with weights.open("rb") as stream:
         digest, tensors = hashlib.file_digest(stream, "sha256").hexdigest(), Weights(stream)
-        writer = _Writer(tensors, weights.name, channels)
-        writer.embed(**program["level"])
-        for operation in program["operations"]:
-            writer.operation(**operation)
-        writer.finish()
-    picture: tuple[str | int, ...] = "batch", channels, "height", "width"
-    typed = helper.make_tensor_value_info
-    made = helper.make_graph(
-        writer.nodes,
-        "sr3",
-        [typed("x", TensorProto.FLOAT, picture), typed("y", TensorProto.FLOAT, picture), typed("level", TensorProto.FLOAT, ("batch", 1))],
-        [typed("out", TensorProto.FLOAT, picture)],
-        list(writer.tensors.values()),
-        value_info=[typed(name, kind, None) for name, kind in writer.types.items()],
-    )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="sr3rt")
-    helper.set_model_props(model, {"weights_sha256": digest})
-    return model
+
+        def model(some: list[Mapping[str, Any]], *, level: bool = True, **registers: Any) -> onnx.ModelProto:
+            made = _graph(_Writer(tensors, weights.name, channels), some, program["level"] if level else None, **registers)
+            helper.set_model_props(made, {"weights_sha256": digest})
+            return made
+
+        found = {NETWORK: model(operations)}
+        if any(one["do"] == "convolution" for one in once):
+            ends = sorted({name for one in step for name in registers_read(one)} & still)
+            found[ONCE] = model(once, level=False, ends=ends)
+            given = {one.name: one.type.tensor_type.shape.dim[1].dim_value for one in found[ONCE].graph.output}
+            found[STEP] = model(step, given=given)
+    return found
+
+
+def _graph(
+    writer: _Writer,
+    operations: Iterable[Mapping[str, Any]],
+    level: Mapping[str, Any] | None,
+    *,
+    given: Mapping[str, int] | None = None,
+    ends: Iterable[str] = ("out",),
+) -> onnx.ModelProto:
+    """level: the encoding of the level, None where no operation reads y or the level. given: registers that are inputs, with channels."""
+    pictures = {"x": writer.channels} | ({} if level is None else {"y": writer.channels})
+    inputs = [_value(name, channels) for name, channels in pictures.items()]
+    if level is not None:
+        inputs.append(helper.make_tensor_value_info("level", TensorProto.FLOAT, ("batch", 1)))
+        writer.embed(**level)
+    for name, channels in (given or {}).items():
+        inputs.append(_value(name, channels, name))
+        writer.give(name, channels)
+    for operation in operations:
+        writer.operation(**operation)
+    outputs = [_value(name, writer.end(name), *([] if name == "out" else [name])) for name in ends]
+    typed = [helper.make_tensor_value_info(name, kind, None) for name, kind in writer.types.items()]
+    made = helper.make_graph(writer.nodes, "sr3", inputs, outputs, list(writer.tensors.values()), value_info=typed)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="sr3rt")
+
+
+def _value(name: str, channels: int, size: str = "") -> onnx.ValueInfoProto:
+    """size: what names its height and width, where they are others than the picture's."""
+    sides = (f"{size}.height", f"{size}.width") if size else ("height", "width")
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ("batch", channels, *sides))
 
 
 class _Writer:
@@ -62,7 +95,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self.types: dict[str, int] = {}  # of values: ONNX's own inference does not know every operation
-        self._weights, self._file = weights, file
+        self.channels, self._weights, self._file = channels, weights, file
         self._registers = {"x": ("x", channels), "y": ("y", channels)}  # value and number of channels
         self._to = "level"  # the register that is being made
         self._shared: dict[Any, str] = {}  # what several operations need, made once
@@ -165,12 +198,18 @@ class _Writer:
         values, channels = zip(*(self._registers[name] for name in rest.pop("from")), strict=True)
         self._registers[to] = getattr(self, f"do_{do}")(values, channels, **rest)
 
-    def finish(self) -> None:
-        """The register "out" becomes the graph's output."""
-        value, _ = self._registers["out"]
-        (maker,) = (node for node in self.nodes if value in node.output)
-        maker.output[0] = "out"
+    def give(self, name: str, channels: int) -> None:
+        """A register that is an input of the graph."""
+        self._registers[name] = name, channels
+
+    def end(self, name: str) -> int:
+        """A register becomes an output of the graph, of its name. Returns its channels."""
+        value, channels = self._registers[name]
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if one == value else one for one in names]
         del self.types[value]
+        return channels
 
     def do_convolution(
         self,

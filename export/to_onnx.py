@@ -25,10 +25,10 @@ from cyclopts import App, Parameter
 from torch import nn
 
 from sr3rt import __version__, _native, backends, safetensors
-from sr3rt.backends import Network, native
+from sr3rt.backends import Network, native, onnxruntime
 from sr3rt.backends.torch import TorchNetwork
 from sr3rt.bundle import (
-    NETWORK,
+    ONCE,
     PROGRAM,
     WEIGHTS,
     Bundle,
@@ -45,6 +45,9 @@ from sr3rt.export import footprint, parity, program
 from sr3rt.export.progress import Progress, progress_line
 from sr3rt.samplers import Sampler
 from sr3rt.schedule import ScheduleSpec
+
+PARTS = parity.Limits(net=1e-6, picture=1e-5)
+"""What a graph's two parts may differ by from the whole."""
 
 BF16 = parity.Limits(net=2e-2, picture=4 / 255)
 """What bfloat16 may differ by for the runtime to take it without being asked: two levels of 255 in a picture at most."""
@@ -117,11 +120,17 @@ def write_bundle(target: Path, net: checkpoints.Network, manifest: Manifest, *, 
 
 
 def _parity(reference: TorchNetwork, bundle: Bundle, manifest: Manifest, progress: Progress) -> dict[str, Any]:
-    """Figures of the graph and, where this processor can run it, of the program ("native …") and the program in bfloat16 ("bf16 …").
+    """Figures of the graph, of its parts, where it has them, against it ("parts …"), and, where this processor can run it, of the
+    program ("native …") and the program in bfloat16 ("bf16 …").
 
     Raises ParityError; not for bfloat16, which the runtime takes by itself only where its figures are within their limits.
     """
-    figures = parity.measure(reference, backends.load(bundle, backends.Request("onnxruntime")), manifest, progress=progress)
+    whole = onnxruntime.load(bundle, backends.Request(), hoisted=False)
+    figures = parity.measure(reference, whole, manifest, progress=progress)
+    if ONCE in bundle.manifest.files:
+        parts = onnxruntime.load(bundle, backends.Request())
+        found = parity.measure(whole, parts, manifest, limits=PARTS, against="the graph in one", progress=progress)
+        figures |= {f"parts {name}": figure for name, figure in found.items() if name != "against"}
     if backends.why_not("native") is None:
         exact = backends.load(bundle, backends.Request("native", "fp32"))
         found = parity.measure(reference, exact, manifest, progress=progress)
@@ -151,17 +160,18 @@ def check_packages() -> None:
 
 
 def write_network(net: nn.Module, folder: Path) -> None:
-    """weights.safetensors, network.json and network.onnx of `net(x, y, level)`, one of export/nets."""
+    """weights.safetensors, network.json and the ONNX graphs of `net(x, y, level)`, one of export/nets."""
     import onnx
 
-    from sr3rt.export.graph import graph
+    from sr3rt.export.graph import graphs
 
     tensors = {name: value.detach().numpy() for name, value in (*net.named_parameters(), *net.named_buffers())}
     safetensors.write(folder / WEIGHTS, tensors)
     described = program.describe(net)
     (folder / PROGRAM).write_text(program.dumps(described), encoding="utf-8")
     channels: int = net.config.channels  # type: ignore[union-attr, assignment]
-    onnx.save(graph(described, folder / WEIGHTS, channels=channels), folder / NETWORK)
+    for name, model in graphs(described, folder / WEIGHTS, channels=channels).items():
+        onnx.save(model, folder / name)
 
 
 def manifest_of(

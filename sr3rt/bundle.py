@@ -6,6 +6,8 @@
       network.json         what to compute with them: a program of a few operations, which docs/program.md specifies
       network.onnx         the same as a graph: inputs x, y (B, C, H, W) and level (B, 1), output out (B, C, H, W), all float32. Its
                            large initialisers are external data in weights.safetensors, whose SHA-256 it states as `weights_sha256`
+      network.once.onnx    of networks that compute something of x alone: that, from x to tensors named after the program's registers; and
+      network.step.onnx    the rest, with those tensors as further inputs. The two together compute what network.onnx does
       network.fp16.onnx    the graph in float16, strongly typed, with float32 inputs and output and its own weights (export/precision.py)
       *.plan               TensorRT engines of either graph (export/to_trt.py); `engines` in the manifest says where each may run
       golden.json          what each engine must answer when it is loaded (sr3rt/golden.py)
@@ -40,6 +42,7 @@ from sr3rt.schedule import ScheduleSpec
 
 FORMAT = 1
 MANIFEST, WEIGHTS, PROGRAM, NETWORK, HALF = "sr3.json", "weights.safetensors", "network.json", "network.onnx", "network.fp16.onnx"
+ONCE, STEP = "network.once.onnx", "network.step.onnx"
 WEIGHTS_BEFORE = "network.onnx.data"  # of bundles without WEIGHTS
 GOLDEN = "golden.json"
 MOST_STEPS = 1_000_000  # of a schedule that a file tells of: 500 times what networks are trained with

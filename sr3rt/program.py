@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ def check(program: Program) -> None:
     written = {"x", "y"}
     for operation in program["operations"]:
         _check_operation(operation)
-        for name in (*operation["from"], *filter(None, [operation.get("add")])):
+        for name in registers_read(operation):
             if name not in written:
                 raise KeyError(name)
         if operation["to"] in written:
@@ -70,6 +70,20 @@ def check(program: Program) -> None:
         written.add(operation["to"])
     if "out" not in written:
         raise KeyError("out")
+
+
+def registers_read(operation: Program) -> list[str]:
+    """By name, those that an operation reads."""
+    return [*operation["from"], *filter(None, [operation.get("add")])]
+
+
+def still_registers(operations: Iterable[Program]) -> set[str]:
+    """Those that are made of x alone: what they hold stays the same while x does. x itself is not among them."""
+    still = set[str]()
+    for operation in operations:
+        if operation.get("level") is None and {*registers_read(operation)} <= still | {"x"}:
+            still.add(operation["to"])
+    return still
 
 
 def _check_operation(operation: Program) -> None:

@@ -98,30 +98,39 @@ def test_program_reads_every_weight_and_only_those(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_the_graph_of_a_program_computes_the_same(name: str, tmp_path: Path) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    from sr3rt.export.graph import graph
+    from sr3rt.export.graph import graphs
 
     net = trained(name)
     safetensors.write(tmp_path / "weights", tensors(net))
     program = describe(net)
-    onnx.save(graph(program, tmp_path / "weights", channels=net.config.channels), tmp_path / "network.onnx")
-    onnx.checker.check_model(tmp_path / "network.onnx", full_check=True)
-    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    made = graphs(program, tmp_path / "weights", channels=net.config.channels)
+    assert set(made) == ({"network.onnx", "network.once.onnx", "network.step.onnx"} if name.startswith("compact") else {"network.onnx"})
+    sessions = {}
+    for file, model in made.items():
+        onnx.save(model, tmp_path / file)
+        onnx.checker.check_model(tmp_path / file, full_check=True)
+        sessions[file] = onnxruntime.InferenceSession(tmp_path / file, providers=["CPUExecutionProvider"])
     for shape in SHAPES:  # one graph for all
         x, y, level = (value.float().numpy() for value in inputs(net, name, shape))
         expected = computed(program, tensors(net), x, y, level)
-        (found,) = session.run(None, {"x": x, "y": y, "level": level})
+        (found,) = sessions["network.onnx"].run(None, {"x": x, "y": y, "level": level})
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+        if len(sessions) > 1:  # what depends on x alone, then the rest
+            once = sessions["network.once.onnx"]
+            given = dict(zip([one.name for one in once.get_outputs()], once.run(None, {"x": x}), strict=True))
+            (parted,) = sessions["network.step.onnx"].run(None, {"x": x, "y": y, "level": level, **given})
+            assert np.abs(parted - found).max() <= 1e-6 * np.abs(found).max()
 
 
 @pytest.mark.parametrize(("change", "error"), [({"do": "wish"}, AttributeError), ({"wings": 2}, TypeError)])
 def test_no_graph_is_made_of_what_is_not_known(change: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    from sr3rt.export.graph import graph
+    from sr3rt.export.graph import graphs
 
     net = trained("sr3_a")
     safetensors.write(tmp_path / "weights", tensors(net))
     program = describe(net)
     program["operations"][0] |= change
     with pytest.raises(error):
-        graph(program, tmp_path / "weights", channels=3)
+        graphs(program, tmp_path / "weights", channels=3)

@@ -14,7 +14,7 @@ import numpy as np
 from sr3rt.backends import Floats, Request, cuda, device
 from sr3rt.backends.cuda import Gpu, Stream
 from sr3rt.backends.device import BATCHES, Enqueue, OnDevice
-from sr3rt.bundle import HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle
+from sr3rt.bundle import HALF, NETWORK, ONCE, STEP, WEIGHTS, WEIGHTS_BEFORE, Bundle
 from sr3rt.errors import BackendError, MissingExtra
 
 if TYPE_CHECKING:
@@ -54,15 +54,19 @@ def _graph(request: Request) -> tuple[str, str]:
     return (HALF, "fp16") if request.precision == "fp16" else (NETWORK, "fp32")
 
 
-def load(bundle: Bundle, request: Request) -> OrtNetwork | OrtOnGpu:
-    """Raises MissingExtra, BackendError (precision or device that it does not have) or BundleCorrupt."""
+def load(bundle: Bundle, request: Request, *, hoisted: bool = True) -> OrtNetwork | OrtOnGpu:
+    """hoisted: on the CPU, whether what depends on x alone is computed once for each x, where the bundle has it apart.
+
+    Raises MissingExtra, BackendError (precision or device that it does not have) or BundleCorrupt.
+    """
     if not find_spec("onnxruntime"):
         raise MissingExtra("the onnxruntime backend", "onnxruntime", "cpu")
     if reason := refusal(bundle, request):
         raise BackendError(reason)
     name, precision = _graph(request)
     if request.device in ("auto", "cpu"):
-        return OrtNetwork(_session(bundle, name, [CPU], threads=request.thread_count), precision)
+        parts = (STEP, ONCE) if hoisted and name == NETWORK and ONCE in bundle.manifest.files else (name,)
+        return OrtNetwork(*(_session(bundle, part, [CPU], threads=request.thread_count) for part in parts), precision=precision)
     gpu = Gpu(device.gpu_index(request.device))
 
     def on(stream: Stream) -> onnxruntime.InferenceSession:
@@ -85,7 +89,7 @@ def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads would take the loop's processors
-    beside = {WEIGHTS, WEIGHTS_BEFORE}.intersection(bundle.manifest.files if name == NETWORK else ())
+    beside = {WEIGHTS, WEIGHTS_BEFORE}.intersection(bundle.manifest.files if name != HALF else ())
     weights = {file: bundle.read(file) for file in beside}
     options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], [*map(len, weights.values())])
     model = bundle.read(name)
@@ -96,27 +100,31 @@ def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -
 
 
 class OrtNetwork:
-    """A `Network` over one session. Sessions are thread-safe; each binding is its own.
+    """A `Network` over one session, or over two: `once` then computes of x what `session` takes besides x, y and level.
 
-    fp16 is what a GPU computes, slowly: few CPUs have its arithmetic, and onnxruntime widens what they lack.
+    Sessions are thread-safe; each binding is its own. fp16 is what a GPU computes, slowly: few CPUs have its arithmetic, and onnxruntime
+    widens what they lack.
     """
 
     backend, device = "onnxruntime", "cpu"
 
-    def __init__(self, session: onnxruntime.InferenceSession, precision: str = "fp32") -> None:
-        self._session, self.precision = session, precision
+    def __init__(
+        self, session: onnxruntime.InferenceSession, once: onnxruntime.InferenceSession | None = None, *, precision: str = "fp32"
+    ) -> None:
+        self._session, self._once, self.precision = session, once, precision
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
         """As `Network.bind`. The arrays' memory is bound, not copied. A call raises BackendError, above all when memory runs out."""
-        binding = self._session.io_binding()
-        for name, array in (("x", x), ("y", y), ("level", level)):
-            binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        binding = _bound(self._session, x=x, y=y, level=level)
         binding.bind_output("out", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        before = self._given(x, binding) if self._once else None
         arrays = (x, y, level, out)  # the binding holds only addresses
 
         def run() -> None:
             assert arrays
             try:
+                if before:
+                    before()
                 self._session.run_with_iobinding(binding)
             except Exception as error:  # onnxruntime's own exceptions have no common base
                 raise BackendError(
@@ -124,6 +132,35 @@ class OrtNetwork:
                 ) from error
 
         return run
+
+    def _given(self, x: Floats, binding: onnxruntime.IOBinding) -> Callable[[], None]:
+        """A call that gives `binding` what the other session computes of x, anew where x is not what it was."""
+        assert self._once is not None
+        once, names = self._once, [output.name for output in self._once.get_outputs()]
+        first = _bound(once, x=x)
+        for name in names:
+            first.bind_output(name, "cpu")
+        seen: Floats | None = None
+
+        def give() -> None:
+            nonlocal seen
+            if seen is not None and np.array_equal(seen.view(np.uint32), x.view(np.uint32)):
+                return
+            seen = None  # until it has been computed
+            once.run_with_iobinding(first)
+            for name, value in zip(names, first.get_outputs(), strict=True):
+                binding.bind_ortvalue_input(name, value)
+            seen = x.copy()
+
+        return give
+
+
+def _bound(session: onnxruntime.InferenceSession, **inputs: Floats) -> onnxruntime.IOBinding:
+    """A binding of the arrays' memory on the host."""
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+    return binding
 
 
 class OrtOnGpu(OnDevice):
