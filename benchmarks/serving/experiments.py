@@ -97,7 +97,9 @@ def overload(*, seconds: float = 120, times: float = 10, side: int = 32, leak: i
 
         watcher = threading.Thread(target=watch)
         watcher.start()
+        used, begun = time.process_time(), time.perf_counter()
         answers, recovered = asyncio.run(drive())
+        load_share = (time.process_time() - used) / (time.perf_counter() - begun) / (os.cpu_count() or 1)
         stop.set()
         watcher.join()
         saturated.append(_rate(asyncio.run(load.closed(server.url, make, clients=8, seconds=min(60, seconds)))))
@@ -111,6 +113,7 @@ def overload(*, seconds: float = 120, times: float = 10, side: int = 32, leak: i
         "saturated_before_and_after_per_s": saturated,
         "offered_per_s": len(answers) / seconds,
         "goodput_share": _rate(good) / statistics.mean(saturated),
+        "load_share": load_share,
         "refused": len(refused),
         "refusal_p50_ms": 1e3 * percentile(refused, 50),
         "refusal_p99_ms": 1e3 * percentile(refused, 99),

@@ -35,7 +35,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         f"within {mixed['worst_levels']} of 255 levels of what `upscale` gives for its seed.",
         f"- Ten times too much for {over['seconds']:.0f} s ({over['offered_per_s']:.0f} requests a second, 32×32 → 128×128, where "
         f"{over['saturated_per_s']:.1f} can be done, measured before and after): {100 * over['goodput_share']:.0f} % as many pictures as "
-        f"without the excess; {over['refused']} requests refused, in {over['refusal_p50_ms']:.1f} ms (p50) and "
+        f"without the excess, of the cores that made the load too ({100 * over['load_share']:.0f} % of them); {over['refused']} requests "
+        f"refused, in {over['refusal_p50_ms']:.1f} ms (p50) and "
         f"{over['refusal_p99_ms']:.1f} ms (p99). "
         f"Itself again {over['recovered_s']:.1f} s after. Memory {over['memory_growth_mib']:+.1f} MiB over the last minute; with a leak of "
         f"½ MiB a request planted, {leak['memory_growth_mib']:+.0f} MiB over half a minute by the same check.",

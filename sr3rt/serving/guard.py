@@ -26,6 +26,7 @@ from sr3rt.errors import ImageTooLarge, MissingExtra, OptionError, Overloaded, S
 from sr3rt.serving.admission import Place
 from sr3rt.serving.claims import check_infer, check_json
 from sr3rt.serving.configuration import Configuration
+from sr3rt.serving.front import PROBE, Front, refused
 from sr3rt.serving.gate import Gate
 from sr3rt.serving.grpc_guard import GrpcGuard, listen
 from sr3rt.serving.server import LOOPBACK, Address, Ports, listening
@@ -150,7 +151,7 @@ class Guard:
             connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=_NOT_ADDED
         ) as self._session:
             stops = [
-                await _listen(self._http, self._answer, connections=self._bounds.connections),
+                await _listen(self._http, self._answer_in_turn, connections=self._bounds.connections, front=self._front),
                 await _listen(self._metrics, self._measured, connections=SCRAPES),
             ]
             calls = await listen(
@@ -158,6 +159,18 @@ class Guard:
             )
             await self._closing.wait()
             await asyncio.gather(calls.stop(5), *(stop() for stop in stops))
+
+    def _front(self, handler: asyncio.Protocol) -> Front:
+        return Front(handler, self._gate)
+
+    async def _answer_in_turn(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self._answer(request)
+        await response.prepare(request)
+        await response.write_eof()
+        front = request.transport and request.transport.get_protocol()
+        if isinstance(front, Front):
+            front.answered()
+        return response
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
@@ -169,7 +182,7 @@ class Guard:
             body, head = await self._body(request), None
             if request.method == "POST":
                 if not path.endswith("_stream"):
-                    place = self._gate.place(body, probe=b'"probe"')
+                    place = self._gate.place(body, probe=PROBE)
                 head = _checked(path, body, request.headers.get(HEAD))
             return await self._passed_on(request, path, body, head, place)
         except SR3Error as error:
@@ -244,15 +257,19 @@ class Guard:
 
 
 async def _listen(
-    where: socket.socket, answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], *, connections: int
+    where: socket.socket,
+    answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+    *,
+    connections: int,
+    front: Callable[[asyncio.Protocol], asyncio.Protocol] = lambda handler: handler,
 ) -> Callable[[], Awaitable[None]]:
-    """A server on that socket; what is returned ends it."""
+    """A server on that socket; what is returned ends it. front: what stands before aiohttp's own on a connection."""
     server = _Counting(answer, access_log=None, logger=_quiet, auto_decompress=False, handler_cancellation=True)
     runner = web.ServerRunner(server, shutdown_timeout=5)
     await runner.setup()
 
     def connected() -> asyncio.BaseProtocol:
-        return _Full() if server.clients >= connections else server()
+        return _Full() if server.clients >= connections else front(server())
 
     listener = await asyncio.get_running_loop().create_server(connected, sock=where)
 
@@ -283,9 +300,7 @@ class _Full(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Answer, and close."""
         assert isinstance(transport, asyncio.Transport)
-        text = _error("too many connections: try again later")
-        fields = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\nConnection: close"
-        transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{fields}\r\n\r\n{text}".encode())
+        transport.write(refused("too many connections: try again later", fields="Connection: close\r\n"))
         transport.close()
 
 

@@ -43,7 +43,7 @@ def narrow(triton: Any) -> Iterator[Any]:
 def full(narrow: Any) -> Iterator[tuple[Any, Future[Any]]]:
     """It, while that one request is under way; and its answer."""
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(by_http, narrow, LARGE, steps=60)
+        answer = pool.submit(by_http, narrow, LARGE, steps=200)
         eventually(lambda: metric(narrow, "sr3rt_running") == 1)
         yield narrow, answer
         assert answer.result(60)
@@ -86,7 +86,7 @@ def test_a_place_is_given_back_after_any_answer(narrow: Any, body: bytes) -> Non
 
 def test_who_goes_away_gives_the_place_back(narrow: Any) -> None:
     with socket.create_connection((narrow.address.host, narrow.address.http)) as gone:
-        body = asked(LARGE, steps=50)
+        body = asked(LARGE, steps=200)
         gone.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (INFER.encode(), len(body), body))
         eventually(lambda: metric(narrow, "sr3rt_running") == 1)
         assert status(narrow.url + INFER, asked(SMALL, steps=1))[0] == 503
@@ -97,7 +97,7 @@ def test_who_does_not_read_the_answer_keeps_no_place(narrow: Any) -> None:
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect((narrow.address.host, narrow.address.http))
-        body = asked(np.zeros((200, 200, 3), np.uint8), steps=8)  # 16 times as much is answered, as text
+        body = asked(np.zeros((200, 200, 3), np.uint8), steps=24)  # 16 times as much is answered, as text
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (INFER.encode(), len(body), body))
         eventually(lambda: metric(narrow, "sr3rt_running") == 1)
         assert status(narrow.url + INFER, asked(SMALL, steps=1))[0] == 503
