@@ -12,7 +12,9 @@
 
 namespace sr3 {
 
-class Arena;
+constexpr std::size_t SLACK = 64;  // floats that may be read, not used, beyond a register's end
+
+class Arena;  // plan.cpp
 
 // One linear layer, its weights turned so that an input's are side by side.
 struct Linear {
