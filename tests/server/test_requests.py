@@ -217,7 +217,7 @@ def test_a_probe_answers_even_when_nothing_more_is_taken(triton: Any) -> None:
     info = json.loads(answer["outputs"][0]["data"][0])
     assert info["backend"] == next(name for name in backends.ORDER if backends.why_not(name) is None)
     with ThreadPoolExecutor(24) as pool:
-        asked = [pool.submit(by_http, triton, PICTURE, steps=20) for _ in range(24)]
+        asked = [pool.submit(by_http, triton, PICTURE, steps=100) for _ in range(24)]
         eventually(lambda: metric(triton, "sr3rt_running") >= 3)
         assert triton.server.ill(timeout=20) is None
         for one in asked:
