@@ -26,6 +26,12 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def _as_from_a_shell() -> None:
+    """Tests in the background, or under nohup, ignore these, and `sr3rt serve` would too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def serving(folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """`sr3rt serve`, whose temporary files are in `folder / "tmp"`."""
@@ -39,6 +45,7 @@ def serving(folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes
             stdout=log,
             stderr=log,
             env={**os.environ, "TMPDIR": str(folder / "tmp"), **environment},
+            preexec_fn=_as_from_a_shell,
         ) as process,
     ):
         try:
