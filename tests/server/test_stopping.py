@@ -45,7 +45,7 @@ def serving(folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes
             stdout=log,
             stderr=log,
             env={**os.environ, "TMPDIR": str(folder / "tmp"), **environment},
-            preexec_fn=_as_from_a_shell,
+            preexec_fn=_as_from_a_shell,  # noqa: PLW1509, two system calls and no lock
         ) as process,
     ):
         try:
