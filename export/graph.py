@@ -23,7 +23,7 @@ from sr3rt.safetensors import Weights
 
 OPSET = 21
 IR = 10  # the version of ONNX's file format that came with it
-INSIDE = 1024  # bytes; smaller tensors are copied into the graph
+INSIDE = 256  # bytes; smaller tensors are copied into the graph
 
 LEAST = 1e-7  # of 1 - gamma
 END = np.iinfo(np.int64).max
