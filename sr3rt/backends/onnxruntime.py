@@ -4,10 +4,11 @@ stream of the loop of backends/device.py, and are captured with the step. That o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -94,9 +95,24 @@ def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -
     options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], [*map(len, weights.values())])
     model = bundle.read(name)
     try:
-        return onnxruntime.InferenceSession(model, options, providers=providers)
+        session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions have no common base
         raise BackendError(f"onnxruntime {onnxruntime.__version__} cannot load {bundle.path / name}: {error}") from error
+    _SESSIONS.add(session)
+    return session
+
+
+_SESSIONS = WeakSet["onnxruntime.InferenceSession"]()
+_FOR_EVER: list[onnxruntime.InferenceSession] = []
+
+
+def _forked() -> None:
+    """In a new process. Sessions of its parent run there, in the caller's thread; let go of, they wait for threads that do not exist."""
+    _FOR_EVER.extend(_SESSIONS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 class OrtNetwork:
