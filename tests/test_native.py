@@ -262,6 +262,21 @@ def test_threads_and_neighbours_change_no_bit(shipped: Bundle, pictures: tuple[F
             assert (run(network, *(array[i : i + 1] for array in pictures)) == expected[i : i + 1]).all()
 
 
+def test_a_1x1_that_is_only_added_is_made_where_it_is_added_in_the_same_bits(bundle: Callable[[Program], Bundle]) -> None:
+    """Whatever shares the batch."""
+    first, projected = convolution(to="h"), convolution(**{"from": ["h"]}, to="r", weight="w1", bias="b")
+    last = convolution(**{"from": ["x", "y"]}, add="r")
+    network = native.load(bundle(program(first, projected, last)), Request("native", threads=2))
+    arrays = random(3, 3, 70, 90), random(3, 3, 70, 90), np.array([[0.9], [0.3], [0.01]], np.float32)
+    found = run(network, *arrays)
+    for i in range(3):
+        assert (run(network, *(array[i : i + 1] for array in arrays)) == found[i : i + 1]).all()
+    # Read by another too it has to lie somewhere, and the sum is the same but for its rounding.
+    again = convolution(**{"from": ["r"]}, to="unread", weight="w1")
+    apart = native.load(bundle(program(first, projected, again, last)), Request("native", threads=2))
+    assert np.abs(run(apart, *arrays) - found).max() <= 1e-6 * np.abs(found).max()
+
+
 def test_large_pictures_of_a_batch_take_the_memory_of_one(shipped: Bundle) -> None:
     """They are made one after the other, in the same bits; small ones together. What depends on x alone is kept of each."""
     network = native.load(shipped, Request("native", threads=1))

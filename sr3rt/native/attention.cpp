@@ -85,12 +85,12 @@ class Attention final : public Layer {
         float *scores = own, *mixed = own + QUERIES * stride;
         for (std::size_t panel = 0; panel < stride / panel_; ++panel)
             run.kernels.multiply_floats(count, channels_, queries, in.padded, keys(run, picture, panel), panel_,
-                                        keys(run, picture, panel + 1), scores + panel * panel_, stride, false);
+                                        {keys(run, picture, panel + 1)}, scores + panel * panel_, stride, false);
         run.kernels.softmax(scores, stride, count, places);
         float* to_pixel = out.picture(picture) + first * out.padded;
         for (std::size_t c = 0; c < out.padded; c += panel_) {
             const float* panel = values(run, picture, c / panel_);
-            run.kernels.multiply_floats(count, places, scores, stride, panel, panel_, panel + places * panel_, mixed, panel_, false);
+            run.kernels.multiply_floats(count, places, scores, stride, panel, panel_, {panel + places * panel_}, mixed, panel_, false);
             for (std::size_t row = 0; row < count; ++row)
                 std::copy_n(mixed + row * panel_, std::min(panel_, out.padded - c), to_pixel + row * out.padded + c);
         }

@@ -109,6 +109,41 @@ Input Convolution::input(const Run& run, std::size_t picture, const float* norms
     return input;
 }
 
+bool Convolution::pointwise() const {
+    return side_ == 1 && options_.stride == 1 && options_.norm.groups == 0 && !options_.silu && options_.resample == Resample::none;
+}
+
+bool Convolution::only_sums() const {
+    return pointwise() && options_.level < 0 && !options_.after && options_.add < 0 && options_.gain == 1;
+}
+
+void Convolution::gather(const Run& run, std::size_t picture, const Area& area, float* words, float* line) const {
+    const Input in = input(run, picture, nullptr);
+    const std::size_t size = area.columns * inputs_;
+    for (int y = 0; y < area.rows; ++y) {
+        run.kernels.fill(in, area.row + y, area.column, 1, area.columns, 0, inputs_, line);
+        run.kernels.round(line, size, words + y * size / word_);
+    }
+}
+
+void Convolution::sums_of(const Run& run, std::size_t picture, const Area& area, std::size_t panel, const float* words, float* sums) const {
+    const std::size_t wide = 2 * lanes_, columns = area.columns;
+    const float* weights = weights_.get() + panel * inputs_ / word_ * wide;
+    if (words != nullptr) {
+        run.kernels.multiply(area.rows * columns, inputs_ / word_, words, inputs_ / word_, weights, wide, {weights}, sums, wide, false);
+        return;
+    }
+    for (std::size_t s = 0; s < from.size(); ++s) {
+        const View& view = run.views[from[s]];
+        for (int y = 0; y < area.rows; ++y) {
+            const float* pixels = view.picture(picture) + (static_cast<std::size_t>(area.row + y) * view.width + area.column) * view.padded;
+            run.kernels.multiply(columns, view.padded, pixels, view.padded, weights, wide, {pixels + view.width * view.padded},
+                                 sums + y * columns * wide, wide, s > 0);
+        }
+        weights += view.padded * wide;
+    }
+}
+
 Epilogue Convolution::epilogue(const Run& run, std::size_t picture, std::size_t panel) const {
     const View& to_view = run.views[to];
     const std::size_t channel = panel * 2 * lanes_;
@@ -123,9 +158,11 @@ Epilogue Convolution::epilogue(const Run& run, std::size_t picture, std::size_t 
     end.silu = options_.after;
     end.gain = options_.gain;
     end.out = to_view.picture(picture) + channel;
-    end.add = options_.add < 0 ? nullptr : run.views[options_.add].picture(picture) + channel;
+    const bool adds = options_.add >= 0 && run.views[options_.add].data != nullptr;
+    end.add = adds ? run.views[options_.add].picture(picture) + channel : nullptr;
     end.pixel_stride = to_view.padded;
     end.row_stride = to_view.padded * to_view.width;
+    end.add_pixel_stride = end.pixel_stride, end.add_row_stride = end.row_stride;
     end.vectors = static_cast<int>(std::min<std::size_t>(2, (padded_ - channel) / lanes_));
     end.sums = to_view.sums == nullptr ? nullptr : to_view.picture_sums(picture) + channel;
     end.sums_stride = to_view.padded;

@@ -8,7 +8,22 @@ namespace sr3 {
 
 class Convolution : public Layer {
    public:
+    // Pixels of a picture.
+    struct Area {
+        int row, column, rows, columns;
+    };
+
     Extent extent(const std::vector<Extent>&, int height, int width) const override;
+
+    // Whether it is 1×1 and of what registers hold, as it lies; and whether its results are the sums of products, a bias added, and no more.
+    bool pointwise() const;
+    bool only_sums() const;
+    // Of such a layer the sums of an area and a panel, [pixel][lane], without the bias. words: what `gather` makes, `line` is of its own: inputs of
+    // the area's pixels and of a row of them. Null where a word is a float: then they are read in place.
+    void gather(const Run&, std::size_t picture, const Area&, float* words, float* line) const;
+    void sums_of(const Run&, std::size_t picture, const Area&, std::size_t panel, const float* words, float* sums) const;
+    const float* bias(std::size_t panel) const { return bias_.data() + panel * 2 * lanes_; }
+    std::size_t inputs() const { return inputs_; }
 
    protected:
     Convolution(const Kernels&, const std::vector<Register>&, ConvolutionOptions, std::size_t outputs, int side,

@@ -108,7 +108,7 @@ class Direct final : public Convolution {
             const Source& source = in.sources[s];
             const std::size_t at = static_cast<std::size_t>(part.row) * in.width + part.column;
             run.kernels.multiply(static_cast<std::size_t>(part.rows) * part.columns, source.channels, source.data + at * source.channels,
-                                 source.channels, weights, panel_, weights + source.channels * panel_, sums, panel_, s > 0);
+                                 source.channels, weights, panel_, {weights + source.channels * panel_}, sums, panel_, s > 0);
             weights += source.channels * panel_;
         }
     }
@@ -123,7 +123,7 @@ class Direct final : public Convolution {
                 const std::size_t at = static_cast<std::size_t>(y * options_.stride + tap / side_) * wide + tap % side_;
                 const float* weights = weights_.get() + (panel * taps + tap) * depth * panel_;
                 run.kernels.multiply(columns, depth, strip + at * depth, options_.stride * depth, weights, panel_,
-                                     weights + depth * panel_,
+                                     {weights + depth * panel_},
                                      sums + static_cast<std::size_t>(y) * columns * panel_, panel_, tap > 0);
             }
     }

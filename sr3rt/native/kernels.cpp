@@ -15,6 +15,8 @@
 namespace sr3 {
 namespace {
 
+constexpr int AHEAD = 1536;  // floats of a row of pixels: what comes from the last cache or beyond has so long to come
+
 // The input before resampling.
 struct Activation {
     const Input& input;
@@ -40,6 +42,7 @@ struct Activation {
             return;
         }
         for (std::size_t i = 0; i < count; i += LANES) {
+            __builtin_prefetch(in + i + AHEAD);
             Vec v = load(in + i);
             if (source.scale != nullptr) v = v * load(source.scale + channel + i) + load(source.shift + channel + i);
             store(out + i, input.silu ? silu(v) : v);
@@ -175,12 +178,13 @@ constexpr auto blocks_of(std::index_sequence<rows...>) {
 
 template <class Of>
 void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
-              const float* next, float* m, std::size_t m_stride, bool accumulate) {
+              Coming coming, float* m, std::size_t m_stride, bool accumulate) {
     static constexpr auto blocks = blocks_of<Of>(std::make_index_sequence<SR3_ROWS>{});
     const std::size_t parts = (rows + SR3_ROWS - 1) / SR3_ROWS;  // of nearly one height: a low block leaves units idle
     for (std::size_t part = 0, row = 0; part < parts; ++part) {
-        const std::size_t end = rows * (part + 1) / parts;
-        blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, next + part * depth * PANEL / 4, m + row * m_stride, m_stride, accumulate);
+        const std::size_t end = rows * (part + 1) / parts, step = depth * PANEL / 4;
+        const float* next = part == 0 || coming.then == nullptr ? coming.next + part * step : coming.then + (part - 1) * step;
+        blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, next, m + row * m_stride, m_stride, accumulate);
         row = end;
     }
 }
@@ -198,12 +202,13 @@ struct Finish {
         }
     }
 
-    Vec operator()(Vec sum, std::size_t at, int half) const {
+    // The sums of the pixel (row, column).
+    Vec operator()(Vec sum, std::size_t row, std::size_t column, int half) const {
         Vec v = scaled ? sum * scale[half] + shift[half] : sum + shift[half];
         if (activated) v = silu(v);
-        if (added) v = v + load(end.add + at + half * LANES);
+        if (added) v = v + load(end.add + row * end.add_row_stride + column * end.add_pixel_stride + half * LANES);
         v = v * end.gain;
-        store(end.out + at + half * LANES, v);
+        store(end.out + row * end.row_stride + column * end.pixel_stride + half * LANES, v);
         return v;
     }
 };
@@ -220,11 +225,11 @@ void finishing(const Epilogue& end, const Body& body) {
     end.scale != nullptr ? activated.template operator()<true>() : activated.template operator()<false>();
 }
 
-// One tile's 36 points -> height × width pixels, those of a whole tile known to the compiler. `corner`: of the tile, in floats. Two lines at a
-// time, which stay in registers.
+// One tile's 36 points -> height × width pixels, those of a whole tile known to the compiler, from (top, left) on. Two lines at a time, which
+// stay in registers.
 template <class Finish, class Size>
-[[gnu::noinline]] void finish_tile(const Finish& finish, const float* from, std::size_t plane, int half, std::size_t corner, Size height,
-                                   Size width, double* unit) {
+[[gnu::noinline]] void finish_tile(const Finish& finish, const float* from, std::size_t plane, int half, std::size_t top, std::size_t left,
+                                   Size height, Size width, double* unit) {
     const Epilogue& end = finish.end;
     const auto point = [&](int y, int x) { return load(from + (6 * y + x) * plane + half * LANES); };
     Sums sums;
@@ -234,7 +239,7 @@ template <class Finish, class Size>
         output_line(points, out);
 #pragma GCC unroll 4
         for (int x = 0; x < TILE; ++x)
-            if (x < width) sums.add(finish(out[x], corner + y * end.row_stride + x * end.pixel_stride, half));
+            if (x < width) sums.add(finish(out[x], top + y, left + x, half));
     };
     Vec one[6], other[6];
 #pragma GCC unroll 6
@@ -246,6 +251,18 @@ template <class Finish, class Size>
     if (unit != nullptr) sums.add_to(unit + half * LANES, unit + half * LANES + end.sums_stride);
 }
 
+// Brings near what a row of a tile is written to, and what is added to it.
+inline void approach(const Epilogue& end, std::size_t row, std::size_t column) {
+#pragma GCC unroll 4
+    for (int x = 0; x < TILE; ++x) {
+        const float* out = end.out + row * end.row_stride + (column + x) * end.pixel_stride;
+        for (int i = 0; i < PANEL; i += LINE) __builtin_prefetch(out + i, 1, 3);
+        if (end.add == nullptr) continue;
+        const float* add = end.add + row * end.add_row_stride + (column + x) * end.add_pixel_stride;
+        for (int i = 0; i < PANEL; i += LINE) __builtin_prefetch(add + i, 0, 3);
+    }
+}
+
 void transform_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
                       const Epilogue& end) {
     constexpr std::integral_constant<int, TILE> whole;
@@ -253,14 +270,18 @@ void transform_output(const float* points, std::size_t plane, std::size_t tile_r
         for (int top = 0; top < rows; top += TILE)
             for (int left = 0; left < columns; left += TILE) {
                 const float* from = points + (top / TILE * tile_row_stride + left / TILE) * PANEL;
-                const std::size_t corner = top * end.row_stride + left * end.pixel_stride;
                 const int height = std::min(TILE, rows - top), width = std::min(TILE, columns - left);
                 double* unit = end.sums == nullptr ? nullptr : end.sums + top / TILE * end.unit_stride;
+                // The tile after the next: more is under way than the processor itself looks ahead.
+                int row = top, column = left + 2 * TILE;
+                if (column >= columns) row += TILE, column -= rounded_up(columns, TILE);
+                if (column >= 0 && column < columns)
+                    for (int y = 0; y < TILE && row + y < rows; ++y) approach(end, row + y, column);
                 for (int half = 0; half < end.vectors; ++half) {
                     if (height == TILE && width == TILE) {
-                        finish_tile(finish, from, plane, half, corner, whole, whole, unit);
+                        finish_tile(finish, from, plane, half, top, left, whole, whole, unit);
                     } else {
-                        finish_tile(finish, from, plane, half, corner, height, width, unit);
+                        finish_tile(finish, from, plane, half, top, left, height, width, unit);
                     }
                 }
             }
@@ -274,7 +295,7 @@ template <class Finish, class Size>
     Sums sums;
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i)
-        sums.add(finish(load(from + (first + i) * PANEL + half * LANES), (first + i) * end.pixel_stride, half));
+        sums.add(finish(load(from + (first + i) * PANEL + half * LANES), 0, first + i, half));
     if (end.sums != nullptr) sums.add_to(end.sums + half * LANES, end.sums + half * LANES + end.sums_stride);
 }
 

@@ -51,10 +51,11 @@ struct Epilogue {
     const float* scale;  // null: none
     const float* shift;
     bool silu;
-    const float* add;  // null: none; laid out as `out`
+    const float* add;  // null: none
     float gain;
     float* out;
-    std::size_t row_stride, pixel_stride;  // of out and add, in floats
+    std::size_t row_stride, pixel_stride;          // of out, in floats
+    std::size_t add_row_stride, add_pixel_stride;  // of add
     int vectors;                           // of a panel that are written: 1 or 2
     double* sums;                          // null: none; of each channel, added to: sums of the values, then `sums_stride` on, of squares
     std::size_t sums_stride;               // between a unit's sums and its sums of squares
@@ -62,6 +63,13 @@ struct Epilogue {
 };
 
 struct Tiles;
+
+// What a product brings into the second-level cache while it runs, any addresses: depth·panel/4 floats from `next` on with its first block of
+// rows, and as many from `then` on, or null, further from `next` on, with each of the others.
+struct Coming {
+    const float* next;
+    const float* then = nullptr;
+};
 
 struct Kernels {
     const char* name;
@@ -84,14 +92,13 @@ struct Kernels {
     void (*transform_input)(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
                             std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride);
 
-    // m[row][panel] (+)= a[row][depth] · b[depth][panel], a and b in words. Strides in words. `next`: what will be read later from far
-    // away, any address: of it are brought into the second-level cache meanwhile depth·panel/4 floats for each block of rows.
-    void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride,
-                     const float* next, float* m, std::size_t m_stride, bool accumulate);
+    // m[row][panel] (+)= a[row][depth] · b[depth][panel], a and b in words. Strides in words.
+    void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, Coming,
+                     float* m, std::size_t m_stride, bool accumulate);
 
     // The same of float32.
     void (*multiply_floats)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b,
-                            std::size_t b_stride, const float* next, float* m, std::size_t m_stride, bool accumulate);
+                            std::size_t b_stride, Coming, float* m, std::size_t m_stride, bool accumulate);
 
     // [36] planes of [tile][panel], tiles' rows `tile_row_stride` tiles apart, -> rows × columns pixels.
     void (*transform_output)(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,

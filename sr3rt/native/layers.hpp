@@ -30,7 +30,7 @@ struct Register {
 
 // A register in a run. Sums: for each picture and unit (a part of the picture) the channels' sums, then their sums of squares.
 struct View {
-    float* data;
+    float* data;  // null: its reader makes what it needs of it
     int height, width;
     std::size_t padded;
     double* sums;
@@ -91,6 +91,8 @@ class Layer {
     virtual Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const = 0;
     // Whether so many threads make pictures faster together than one by one.
     virtual bool shares(const std::vector<Extent>&, std::size_t) const { return false; }
+    // Whether it makes what it adds itself, so that the layer which would write that register need not run: then its view has no data.
+    virtual bool absorbs(const std::vector<Extent>&) const { return false; }
     virtual void run(const Run&) const = 0;
 };
 
@@ -111,6 +113,7 @@ struct ConvolutionOptions {
     Norm norm;
     int level = -1;       // index into Run::levels, or none
     bool scaled = false;  // the level scales too
+    const Layer* added = nullptr;  // what writes `add`
     const Layer* like = nullptr;  // a convolution of the same weight, or none: if it reads as many channels, it and this one have it in common
 };
 

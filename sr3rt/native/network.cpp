@@ -123,12 +123,18 @@ int Network::convolution(ConvolutionOptions options, const float* weight, std::s
     const int added = options.add;
     const bool still_ones = std::all_of(options.from.begin(), options.from.end(), [this](int source) { return still(source); });
     const bool stays = level == nullptr && still_ones && (added < 0 || still(added));
-    const auto wrote = [like](const auto& layer) { return like >= 0 && layer->to == like; };
-    if (const auto found = std::find_if(layers_.begin(), layers_.end(), wrote); found != layers_.end()) options.like = found->get();
+    options.like = writer(like), options.added = writer(added);
     auto layer = sr3::convolution(kernels_, registers_, std::move(options), weight, outputs, side, std::move(bias));
     const int to = add(std::move(layer), outputs, stays);
     if (added >= 0) reads_.back().push_back(added);  // last, after the sources
     return to;
+}
+
+// The layer that wrote the register; null for none.
+const Layer* Network::writer(int index) const {
+    const auto wrote = [index](const auto& layer) { return index >= 0 && layer->to == index; };
+    const auto found = std::find_if(layers_.begin(), layers_.end(), wrote);
+    return found == layers_.end() ? nullptr : found->get();
 }
 
 int Network::attention(int from) {
@@ -283,7 +289,7 @@ std::vector<View> Network::views(const Plan& plan, const Some& some) const {
         double* sums = registers_[i].normed ? reinterpret_cast<double*>(from + slots * place.sums) : nullptr;
         View& view = views[i] = {from + slots * place.offset, extent.height, extent.width, registers_[i].padded, sums, extent.units};
         const std::size_t picture = place.kept ? some.first : place.lone ? 0 : some.place;
-        view.data = view.picture(picture);
+        view.data = place.absorbed ? nullptr : view.picture(picture);
         if (sums != nullptr) view.sums = view.picture_sums(picture);
     }
     return views;
@@ -297,7 +303,7 @@ void Network::run_layers(const Planar& all, const Plan& plan, const std::vector<
     const Run run{kernels_, pool_, planar, views, levels, some.first, arena_.get() + plan.shared, arena_.get() + plan.own, plan.own_size};
     for (std::size_t i = layers.begin; i < layers.end; ++i) {
         const Layer& layer = *layers_[i];
-        if (is_still(layer) != still_ones) continue;
+        if (is_still(layer) != still_ones || (layer.to >= 0 && plan.registers[layer.to].absorbed)) continue;
         if (layer.to >= 0 && views[layer.to].sums != nullptr) {
             const View& view = views[layer.to];
             std::memset(view.sums, 0, planar.count * view.units * 2 * view.padded * sizeof(double));

@@ -78,6 +78,7 @@ class Network {
     // Where a register lies, and its sums: offsets in floats, into the arena or, kept, into a slot of Kept. Layers [from, until] need it.
     struct Place {
         std::size_t from, until, offset, sums;
+        bool absorbed;    // it lies nowhere: the layer that reads it makes what it needs of it
         bool kept, lone;  // lone: with room for one picture, as only layers use it that are run picture by picture
     };
     // So many floats of each slot of Kept, and how many are before them.
@@ -110,13 +111,15 @@ class Network {
     bool is_still(const Layer& layer) const { return layer.to >= 0 && still(layer.to); }
     void add_last(std::unique_ptr<Layer>);
     const Register& checked(int index) const;
+    const Layer* writer(int index) const;
     int side_of(int mean) const;  // of the squares that its channels hold
     std::size_t lanes() const { return static_cast<std::size_t>(kernels_.lanes); }
     std::vector<Extent> extents(int height, int width) const;
     Span shared_span(const std::vector<Extent>&) const;
     void put(Plan&, std::size_t index, std::size_t count, Arena&) const;
     std::size_t together(std::size_t count, int height, int width) const;  // pictures that are run at a time
-    std::vector<Place> places(Span together) const;
+    std::vector<Place> places(const std::vector<Extent>&, Span together) const;
+    std::vector<bool> absorbed(const std::vector<Extent>&) const;
     static std::size_t keep(Plan&, std::size_t size);
     void make_room(const Plan&, const Planar&);
     void refresh(const Planar&, const Plan&);

@@ -82,7 +82,7 @@ Network::Plan Network::plan(std::size_t count, int height, int width) const {
     const Extent made = layers_.empty() ? Extent{} : layers_.back()->extent(plan.extents, height, width);
     plan.result = channels_ * static_cast<std::size_t>(made.height) * made.width;
     plan.together = count == 1 ? Span{0, layers_.size()} : shared_span(plan.extents);
-    plan.registers = places(plan.together);
+    plan.registers = places(plan.extents, plan.together);
     Scratch most;
     std::size_t registers = 0;
     for (const bool first : {true, false}) {  // what depends on x alone comes before the rest, and leaves nothing in the arena
@@ -106,14 +106,34 @@ Network::Plan Network::plan(std::size_t count, int height, int width) const {
     return plan;
 }
 
-// Which layers need each register, and whether they do so picture by picture.
-std::vector<Network::Place> Network::places(Span together) const {
-    std::vector<Place> places(registers_.size());
+// Of every register, whether the one layer that reads it makes what it needs of it, where that depends on the same.
+std::vector<bool> Network::absorbed(const std::vector<Extent>& extents) const {
+    std::vector<bool> absorbed(registers_.size());
+    std::vector<int> readers(registers_.size());
+    for (const std::vector<int>& reads : reads_)
+        for (const int read : reads) ++readers[read];
     for (std::size_t i = 0; i < layers_.size(); ++i) {
-        if (layers_[i]->to >= 0) places[layers_[i]->to].from = places[layers_[i]->to].until = i;
-        for (const int read : reads_[i]) {
+        if (!layers_[i]->absorbs(extents)) continue;
+        const int added = reads_[i].back();
+        absorbed[added] = readers[added] == 1 && still(added) == is_still(*layers_[i]);
+    }
+    return absorbed;
+}
+
+// Which layers need each register, and whether they do so picture by picture.
+std::vector<Network::Place> Network::places(const std::vector<Extent>& extents, Span together) const {
+    std::vector<Place> places(registers_.size());
+    const std::vector<bool> absorbed = this->absorbed(extents);
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+        const int to = layers_[i]->to;
+        if (to >= 0) places[to].from = places[to].until = i, places[to].absorbed = absorbed[to];
+        const auto need = [&](int read) {
             places[read].until = i;
             if (!is_still(*layers_[i])) places[read].kept = still(read);
+        };
+        for (const int read : reads_[i]) {
+            need(read);
+            if (absorbed[read]) std::ranges::for_each(writer(read)->from, need);
         }
     }
     for (std::size_t index = 0; index < places.size(); ++index) {
@@ -129,6 +149,7 @@ std::vector<Network::Place> Network::places(Span together) const {
 // Finds room for a register and for its sums.
 void Network::put(Plan& plan, std::size_t index, std::size_t count, Arena& arena) const {
     Place& place = plan.registers[index];
+    if (place.absorbed) return;
     const Extent& extent = plan.extents[index];
     const Register& one = registers_[index];
     const std::size_t size = static_cast<std::size_t>(extent.height) * extent.width * one.padded, sums = extent.units * 4 * one.padded;

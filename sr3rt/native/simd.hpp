@@ -165,7 +165,7 @@ class Sums {
    public:
     static constexpr int MOST = 16;
 
-    void add(Vec v) {
+    [[gnu::always_inline]] void add(Vec v) {  // called, all that is summed would lie in memory
         if (count_ == 0) pivot_ = v;
         const Vec d = v - pivot_;
         const int turn = count_++ % 4;
@@ -173,7 +173,7 @@ class Sums {
     }
 
     // Adds to the sums and the squares of LANES channels, and begins again.
-    void add_to(double* sums, double* squares) {
+    [[gnu::always_inline]] void add_to(double* sums, double* squares) {
         const double n = count_;
         const Vec sum = (sum_[0] + sum_[1]) + (sum_[2] + sum_[3]), square = (squares_[0] + squares_[1]) + (squares_[2] + squares_[3]);
         for (int half = 0; half < 2; ++half, sums += LANES / 2, squares += LANES / 2) {

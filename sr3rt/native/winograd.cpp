@@ -24,6 +24,8 @@ class Winograd final : public Convolution {
           all_(words(inputs_)),
           kept_(inputs_ * padded_ <= KEPT),
           depth_(std::min(kept_ ? 2 * DEPTH : DEPTH, all_)) {
+        const auto* added = dynamic_cast<const Convolution*>(options_.added);
+        if (added != nullptr && added->only_sums() && !options_.after) added_ = added;
         hold([&] {
             Floats taps = in_words(kernels, packed(kernels, registers, weight), panels(), 9 * panel_);
             if (!kept_) return taps;
@@ -39,7 +41,7 @@ class Winograd final : public Convolution {
         const auto [height, width, units] = extent(registers, 0, 0);
         const std::size_t norms = rounded_up(norms_size(count), 16), weights = kept_ ? 0 : POINTS * weights_plane();
         const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
-        if (all > SMALL) return {norms, strip() + points_size(BLOCK) + POINTS * sums_plane(BLOCK) + weights};
+        if (all > SMALL) return {norms, strip() + points_size(BLOCK) + POINTS * sums_plane(BLOCK) + weights + (added_ ? added_size() : 0)};
         const std::size_t together = all * std::min(count, at_once(all));
         const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * DEPTH * word_;
         return {norms + points_size(together), std::max(chunk, POINTS * sums_plane(together) + weights)};
@@ -50,6 +52,12 @@ class Winograd final : public Convolution {
         const auto [height, width, units] = extent(registers, 0, 0);
         const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
         return all <= SMALL ? at_once(all) > 1 : all < 4 * BLOCK * threads;
+    }
+
+    // Of large pictures a 1×1 convolution's sums are made block by block as they are added: they need not go to memory and come back.
+    bool absorbs(const std::vector<Extent>& registers) const override {
+        const auto [height, width, units] = extent(registers, 0, 0);
+        return added_ != nullptr && static_cast<std::size_t>(tiles(height)) * tiles(width) > SMALL;
     }
 
     // Large pictures are cut into blocks of tiles, each done whole by one thread, transforms and all. Of small ones there are too few
@@ -78,22 +86,28 @@ class Winograd final : public Convolution {
     // Where a word of the points of the first tile lies: what is multiplied at a time lies together.
     std::size_t points_at(std::size_t word, std::size_t plane) const { return word / depth_ * POINTS * plane + word % depth_; }
     std::size_t sums_plane(std::size_t count) const { return plane_of(count * panel_); }
+    // Of a block: the sums of what it adds, their inputs in words, and a row of these.
+    std::size_t added_words() const { return word_ == 1 ? 0 : BLOCK * TILE * TILE * added_->inputs() / word_; }
+    std::size_t added_size() const {
+        return BLOCK * TILE * TILE * panel_ + rounded_up(added_words(), 16) + (word_ == 1 ? 0 : BLOCK_COLUMNS * TILE * added_->inputs());
+    }
     std::size_t strip() const { return rounded_up((BLOCK_ROWS * TILE + 2) * (BLOCK_COLUMNS * TILE + 2) * inputs_, 16); }
 
-    // The 36 products of a panel: points [part of the depth][36 planes of [tile][word]] -> sums [36 planes of [tile][lane]].
-    void multiply(const Run& run, std::size_t panel, std::size_t count, const float* points, std::size_t plane, float* sums,
+    // The 36 products of a panel: points [part of the depth][36 planes of [tile][word]] -> sums [36 planes of [tile][lane]]. The calling thread
+    // multiplies the panel `step` further on next, as a rule.
+    void multiply(const Run& run, std::size_t panel, std::size_t step, std::size_t count, const float* points, std::size_t plane, float* sums,
                   float* transformed) const {
         for (std::size_t first = 0; first < all_; first += depth_) {
             const std::size_t depth = std::min(depth_, all_ - first);
-            const auto packed = [&](std::size_t word) { return weights_.get() + (panel * all_ + word) * 9 * panel_; };
-            if (!kept_) run.kernels.transform_weights(packed(first), depth, transformed, weights_plane());
+            const auto packed = [&](std::size_t which, std::size_t word) { return weights_.get() + (which * all_ + word) * 9 * panel_; };
+            const float* soon = first + depth < all_ ? packed(panel, first + depth) : packed(panel + step, 0);
+            if (!kept_) run.kernels.transform_weights(packed(panel, first), depth, transformed, weights_plane());
             const float* weights = kept_ ? weights_.get() + panel * POINTS * weights_plane() + first * panel_ : transformed;
             for (int point = 0; point < POINTS; ++point) {
-                const float* here = weights + point * weights_plane();
-                // While it multiplies, weights come near: the next point's, or a 36th of those that it transforms next.
-                const float* next = kept_ ? here + weights_plane() : packed(first + depth) + point * depth * panel_ / 4;
-                run.kernels.multiply(count, depth, points + points_at(first, plane) + point * plane, depth_, here, panel_, next,
-                                     sums + point * sums_plane(count), panel_, first > 0);
+                const float *here = weights + point * weights_plane(), *in = points + points_at(first, plane) + point * plane;
+                // Meanwhile come near the next point's weights; or a 36th of those that are transformed next, and the next point's inputs.
+                const Coming coming = kept_ ? Coming{here + weights_plane()} : Coming{soon + point * depth * panel_ / 4, in + plane};
+                run.kernels.multiply(count, depth, in, depth_, here, panel_, coming, sums + point * sums_plane(count), panel_, first > 0);
             }
         }
     }
@@ -123,9 +137,15 @@ class Winograd final : public Convolution {
             run.kernels.fill(in, top, left, high, wide, 0, inputs_, own);
             make_points(run, own, wide * inputs_, inputs_, rows, columns, points, plane);
         }
+        const bool absorbs = added_ != nullptr && run.views[options_.add].data == nullptr;
+        const Area area{row * TILE, column * TILE, std::min(rows * TILE, out.height - row * TILE), std::min(columns * TILE, out.width - column * TILE)};
+        float *added = transformed + (kept_ ? 0 : POINTS * weights_plane()), *words = added + BLOCK * TILE * TILE * panel_;
+        if (word_ == 1) words = nullptr;
+        if (absorbs && word_ != 1) added_->gather(run, picture, area, words, words + rounded_up(added_words(), 16));
         for (std::size_t panel = 0; panel < panels(); ++panel) {
-            multiply(run, panel, count, points, plane, sums, transformed);
-            write(run, picture, panel, row, column, rows, columns, sums, sums_plane(count), columns);
+            multiply(run, panel, 1, count, points, plane, sums, transformed);
+            if (absorbs) added_->sums_of(run, picture, area, panel, words, added);
+            write(run, picture, panel, row, column, rows, columns, sums, sums_plane(count), columns, absorbs ? added : nullptr);
         }
     }
 
@@ -137,14 +157,22 @@ class Winograd final : public Convolution {
                                         points + points_at(first, plane), plane, depth_);
     }
 
-    // Tiles of one segment, their sums [tile][lane] with rows of tiles `tile_row_stride` apart, to the output.
+    // Tiles of one segment, their sums [tile][lane] with rows of tiles `tile_row_stride` apart, to the output. added: what to add to them and to
+    // the bias, [pixel][lane], or null.
     void write(const Run& run, std::size_t picture, std::size_t panel, int row, int column, int rows, int columns, const float* sums,
-               std::size_t plane, std::size_t tile_row_stride) const {
+               std::size_t plane, std::size_t tile_row_stride, const float* added = nullptr) const {
         const View& out = run.views[to];
         Epilogue end = epilogue(run, picture, panel);
         const std::size_t at = TILE * (row * end.row_stride + column * end.pixel_stride), across = segments(out.width);
         end.out += at;
         if (end.add != nullptr) end.add += at;
+        float shift[2 * 16];
+        if (added != nullptr) {
+            for (std::size_t lane = 0; lane < panel_; ++lane) shift[lane] = end.shift[lane] + added_->bias(panel)[lane];
+            end.shift = shift;
+            end.add = added;
+            end.add_pixel_stride = panel_, end.add_row_stride = std::min(columns * TILE, out.width - column * TILE) * panel_;
+        }
         end.unit_stride = across * 2 * out.padded;
         if (end.sums != nullptr) end.sums += row * end.unit_stride + column / BLOCK_COLUMNS * 2 * out.padded;
         run.kernels.transform_output(sums, plane, tile_row_stride, std::min(rows * TILE, out.height - row * TILE),
@@ -168,7 +196,7 @@ class Winograd final : public Convolution {
         });
         run.pool.run(panels(), [&](std::size_t panel, unsigned thread) {
             float *sums = run.own + thread * run.own_size, *transformed = sums + POINTS * sums_plane(count);
-            multiply(run, panel, count, points, plane, sums, transformed);
+            multiply(run, panel, run.pool.threads(), count, points, plane, sums, transformed);
             for (std::size_t picture = 0; picture < pictures; ++picture)
                 for (int column = 0; column < across; column += BLOCK_COLUMNS)
                     write(run, first + picture, panel, 0, column, down, std::min(BLOCK_COLUMNS, across - column),
@@ -180,6 +208,7 @@ class Winograd final : public Convolution {
     std::size_t panel_, all_;  // all_: words of the inputs
     bool kept_;
     std::size_t depth_;
+    const Convolution* added_ = nullptr;  // what writes what it adds, where that is a 1×1 convolution and no more
 };
 
 }  // namespace

@@ -136,6 +136,12 @@ Maps attended(const Maps& in) {
     return out;
 }
 
+// Of a convolution. plain: of what registers hold, as it lies. sums: 1×1, a bias and no more. add: 3×3, what it adds, and does not read else.
+struct Wish {
+    bool plain = false, sums = false;
+    int add = -1;
+};
+
 // A network, register by register with its reference.
 class Case {
    public:
@@ -155,7 +161,7 @@ class Case {
         maps_.push_back(planes);
         normable_.push_back(false);
         if (chance(0.4)) unshuffle();
-        for (int i = random(1, 3); i > 0; --i) chance(0.2) ? attend() : convolve(width());
+        for (int i = random(1, 3); i > 0; --i) chance(0.2) ? attend() : chance(0.3) ? add_projected() : convolve(width());
         convolve(channels_);
         network_.result(register_);
     }
@@ -216,7 +222,7 @@ class Case {
 
     void attend() {
         const int channels = random(1, 40);
-        convolve(3 * channels, true);
+        convolve(3 * channels, {.plain = true});
         const Maps& in = maps_.back();
         if (in.height * in.width > 1500) return;
         register_ = network_.attention(register_);
@@ -225,20 +231,29 @@ class Case {
         text_ += " attention";
     }
 
-    void convolve(int outputs, bool plain = false) {
+    // A residual block's end: a 3×3 convolution adds what a 1×1 makes of the same registers, or others.
+    void add_projected() {
+        const int outputs = width();
+        convolve(outputs, {.plain = true, .sums = true});
+        convolve(outputs, {.add = register_});
+    }
+
+    void convolve(int outputs, const Wish& wish = {}) {
         sr3::ConvolutionOptions options;
-        const Maps& last = maps_.back();
+        const bool plain = wish.plain, adds = wish.add >= 0;
+        const int newest = adds ? wish.add - 1 : static_cast<int>(maps_.size()) - 1;
+        const Maps& last = maps_[newest];
         std::vector<const Maps*> sources;
         bool normable = true;
-        for (int i = static_cast<int>(maps_.size()) - 1; i >= 0 && sources.size() < sr3::SOURCES; --i) {
+        for (int i = newest; i >= 0 && sources.size() < sr3::SOURCES; --i) {
             const bool fits = maps_[i].height == last.height && maps_[i].width == last.width;
-            if (i != static_cast<int>(maps_.size()) - 1 && (!fits || chance(0.6))) continue;
+            if (i != newest && (!fits || chance(0.6))) continue;
             options.from.push_back(i);
             sources.push_back(&maps_[i]);
             normable = normable && normable_[i];
         }
         Maps in = joined(sources);
-        const int inputs = in.channels, side = chance(0.7) ? 3 : 1;
+        const int inputs = in.channels, side = adds ? 3 : wish.sums ? 1 : chance(0.7) ? 3 : 1;
         if (normable && !plain && chance(0.7)) {
             std::vector<int> divisors;
             for (int i = 1; i <= inputs; ++i)
@@ -249,25 +264,26 @@ class Case {
         options.silu = !plain && chance(0.5);
         if (options.silu)
             for (double& value : in.values) value = silu(value);
-        if (!plain && chance(0.25) && std::size_t(in.height) * in.width < 4000) options.resample = sr3::Resample::up;
-        if (!plain && chance(0.25) && in.height > 1 && in.width > 1) options.resample = sr3::Resample::down;
+        if (!plain && !adds && chance(0.25) && std::size_t(in.height) * in.width < 4000) options.resample = sr3::Resample::up;
+        if (!plain && !adds && chance(0.25) && in.height > 1 && in.width > 1) options.resample = sr3::Resample::down;
         in = resampled(in, options.resample);
-        options.stride = !plain && chance(0.2) ? 2 : 1;
+        options.stride = !plain && !adds && chance(0.2) ? 2 : 1;
         const std::vector<float> weight = normals(std::size_t(outputs) * inputs * side * side, 1 / std::sqrt(double(inputs) * side * side));
         const std::vector<float> bias = chance(0.8) ? normals(outputs, 1) : std::vector<float>{};
         Maps out = convolved(in, weight, outputs, side, options.stride);
         if (!bias.empty()) out = made(out.count, outputs, out.height, out.width, [&](int n, int c, int y, int x) { return out.at(n, c, y, x) + bias[c]; });
-        sr3::Linear level = projected(options, out);
-        options.after = chance(0.3);
+        sr3::Linear level = wish.sums ? sr3::Linear{nullptr, nullptr, 0, 0} : projected(options, out);
+        options.after = !wish.sums && chance(0.3);
         if (options.after)
             for (double& value : out.values) value = silu(value);
-        for (std::size_t i = 0; i < maps_.size() && options.add < 0; ++i) {
+        options.add = wish.add;
+        for (std::size_t i = 0; i < maps_.size() && options.add < 0 && !wish.sums; ++i) {
             const Maps& other = maps_[i];
-            if (other.channels != outputs || other.height != out.height || other.width != out.width || chance(0.3)) continue;
-            options.add = static_cast<int>(i);
-            for (std::size_t j = 0; j < out.values.size(); ++j) out.values[j] += other.values[j];
+            if (other.channels == outputs && other.height == out.height && other.width == out.width && chance(0.7)) options.add = static_cast<int>(i);
         }
-        options.gain = chance(0.7) ? 1.0f : 0.75f;
+        if (options.add >= 0)
+            for (std::size_t j = 0; j < out.values.size(); ++j) out.values[j] += maps_[options.add].values[j];
+        options.gain = wish.sums || chance(0.7) ? 1.0f : 0.75f;
         for (double& value : out.values) value *= options.gain;
         text_ += " | " + std::to_string(sources.size()) + " of " + std::to_string(inputs) + " -> " + std::to_string(outputs) + ", side " +
                  std::to_string(side) + " stride " + std::to_string(options.stride) + " groups " + std::to_string(options.norm.groups) +

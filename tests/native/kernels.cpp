@@ -164,7 +164,7 @@ struct Checks {
                         double& sum = expected[r * panel + c] = accumulate ? m[r * panel + c] : 0.0;
                         for (std::size_t k = 0; k < depth; ++k) sum += double(left[r * depth + k]) * right[k * panel + c];
                     }
-                product(rows, words, a.data, words, b.data, panel, b.data, m.data, panel, accumulate);
+                product(rows, words, a.data, words, b.data, panel, {b.data}, m.data, panel, accumulate);
                 worst = std::max(worst, difference(m.data, expected));
             }
         say(name, worst);
@@ -174,7 +174,9 @@ struct Checks {
     void winograd() {
         const int rows = 7, columns = 6;
         const std::size_t depth = 2 * lanes, tiles = 4, in_rows = 10, in_columns = 10, pixels = rows * columns;
-        const Floats in(in_rows * in_columns * depth, generator), weights = operands(depth * 9 * panel), add(pixels * panel, generator);
+        const Floats in(in_rows * in_columns * depth, generator), weights = operands(depth * 9 * panel);
+        const std::size_t add_row = (columns + 3) * panel;  // what is added lies otherwise than the output
+        const Floats add(rows * add_row, generator);
         const Floats scale(panel, generator), shift(panel, generator);
         const std::size_t words = depth / word;
         Floats packed(weights.count), a(POINTS * tiles * words), b(POINTS * words * panel), m(POINTS * tiles * panel), out(pixels * panel);
@@ -190,7 +192,8 @@ struct Checks {
                     m[(p * tiles + t) * panel + c] = static_cast<float>(sum);
                 }
         std::vector<double> sums(4 * panel);
-        const Epilogue end{scale.data, shift.data, true, add.data, 0.75f, out.data, columns * panel, panel, 2, sums.data(), panel, 2 * panel};
+        const Epilogue end{scale.data, shift.data, true, add.data, 0.75f, out.data, columns * panel, panel, add_row, panel,
+                           2, sums.data(), panel, 2 * panel};
         kernels.transform_output(m.data, tiles * panel, 2, rows, columns, end);
         Values expected, totals(4 * panel);
         for (std::size_t y = 0; y < rows; ++y)
@@ -200,7 +203,7 @@ struct Checks {
                     for (std::size_t i = 0; i < 9; ++i)
                         for (std::size_t k = 0; k < depth; ++k)
                             sum += double(in[((y + i / 3) * in_columns + x + i % 3) * depth + k]) * weights[(k * 9 + i) * panel + c];
-                    expected.push_back((silu(sum * scale[c] + shift[c]) + add[(y * columns + x) * panel + c]) * 0.75);
+                    expected.push_back((silu(sum * scale[c] + shift[c]) + add[y * add_row + x * panel + c]) * 0.75);
                     const double value = out[(y * columns + x) * panel + c];
                     totals[y / TILE * 2 * panel + c] += value;
                     totals[y / TILE * 2 * panel + panel + c] += value * value;
@@ -217,7 +220,7 @@ struct Checks {
         const Floats from(pixels * panel, generator), shift(panel, generator);
         Floats out(pixels * panel);
         std::vector<double> sums(2 * panel);
-        kernels.finish_row(from.data, pixels, {nullptr, shift.data, false, nullptr, 1, out.data, 0, panel, 2, sums.data(), panel, 0});
+        kernels.finish_row(from.data, pixels, {nullptr, shift.data, false, nullptr, 1, out.data, 0, panel, 0, 0, 2, sums.data(), panel, 0});
         Values expected, totals(2 * panel);
         for (std::size_t i = 0; i < from.count; ++i) {
             expected.push_back(double(from[i]) + shift[i % panel]);
@@ -322,7 +325,8 @@ void time(const Kernels& kernels, double budget) {
     Floats out(pixels * channels), row(pixels * panel, generator), scores(256 * 256, generator), copied(in.count);
     std::vector<double> sums(channels * 16);
     const Input input{{{in.data, channels, factor.data, factor.data}}, 1, true, Resample::none, 16, 32, 32};
-    const Epilogue end{factor.data, factor.data, false, out.data, 0.5f, out.data, 32 * panel, panel, 2, sums.data(), channels, 2 * channels};
+    const Epilogue end{factor.data, factor.data, false, out.data, 0.5f, out.data, 32 * panel, panel, 32 * panel, panel,
+                       2, sums.data(), channels, 2 * channels};
     volatile float kept = 0;
     const std::size_t turns = 20000;
     const std::string name = kernels.name;
@@ -341,7 +345,7 @@ void time(const Kernels& kernels, double budget) {
          [&] {
              for (std::size_t p = 0; p < POINTS; ++p)
                  kernels.multiply(tiles, depth, a.data + p * plane_of(tiles * depth), depth, b.data + p * plane, panel,
-                                  b.data + (p + 1) % POINTS * plane, m.data + p * plane_of(tiles * panel), panel, false);
+                                  {b.data + (p + 1) % POINTS * plane}, m.data + p * plane_of(tiles * panel), panel, false);
          },
          2.0 * POINTS * tiles * inputs * panel, 0, {}},
         {"transform_output", [&] { kernels.transform_output(m.data, plane_of(tiles * panel), 8, 16, 32, end); }, 0,
