@@ -181,8 +181,9 @@ void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a
               Coming coming, float* m, std::size_t m_stride, bool accumulate) {
     static constexpr auto blocks = blocks_of<Of>(std::make_index_sequence<SR3_ROWS>{});
     const std::size_t parts = (rows + SR3_ROWS - 1) / SR3_ROWS;  // of nearly one height: a low block leaves units idle
+    const std::size_t height = rows / parts, higher = rows % parts, step = depth * PANEL / 4;
     for (std::size_t part = 0, row = 0; part < parts; ++part) {
-        const std::size_t end = rows * (part + 1) / parts, step = depth * PANEL / 4;
+        const std::size_t end = row + height + (part < higher);
         const float* next = part == 0 || coming.then == nullptr ? coming.next + part * step : coming.then + (part - 1) * step;
         blocks[end - row - 1](depth, a + row * a_stride, a_stride, b, b_stride, next, m + row * m_stride, m_stride, accumulate);
         row = end;
@@ -272,10 +273,10 @@ void transform_output(const float* points, std::size_t plane, std::size_t tile_r
                 const float* from = points + (top / TILE * tile_row_stride + left / TILE) * PANEL;
                 const int height = std::min(TILE, rows - top), width = std::min(TILE, columns - left);
                 double* unit = end.sums == nullptr ? nullptr : end.sums + top / TILE * end.unit_stride;
-                // The tile after the next: more is under way than the processor itself looks ahead.
+                // The tile after the next: more is under way than the processor itself looks ahead. Pixels further apart fall into too few sets.
                 int row = top, column = left + 2 * TILE;
                 if (column >= columns) row += TILE, column -= rounded_up(columns, TILE);
-                if (column >= 0 && column < columns)
+                if (end.pixel_stride < 256 && column >= 0 && column < columns)
                     for (int y = 0; y < TILE && row + y < rows; ++y) approach(end, row + y, column);
                 for (int half = 0; half < end.vectors; ++half) {
                     if (height == TILE && width == TILE) {

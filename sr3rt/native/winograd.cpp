@@ -10,7 +10,7 @@ namespace {
 
 constexpr int BLOCK_ROWS = 4, BLOCK_COLUMNS = 8;             // tiles of a piece of work
 constexpr std::size_t BLOCK = BLOCK_ROWS * BLOCK_COLUMNS;
-constexpr std::size_t SMALL = 64;                            // tiles of a picture up to which panels, not places, are shared out
+constexpr std::size_t SMALL = 64;                            // tiles up to which pictures are transformed together
 constexpr std::size_t KEPT = 256 * 128;                      // inputs · outputs up to which transformed weights, four times as large, are kept
 
 int tiles(int pixels) { return (pixels + TILE - 1) / TILE; }
@@ -41,7 +41,7 @@ class Winograd final : public Convolution {
         const auto [height, width, units] = extent(registers, 0, 0);
         const std::size_t norms = rounded_up(norms_size(count), 16), weights = kept_ ? 0 : POINTS * weights_plane();
         const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
-        if (all > SMALL) return {norms, strip() + points_size(BLOCK) + POINTS * sums_plane(BLOCK) + weights + (added_ ? added_size() : 0)};
+        if (!by_panels(all)) return {norms, strip() + points_size(BLOCK) + POINTS * sums_plane(BLOCK) + weights + (added_ ? added_size() : 0)};
         const std::size_t together = all * std::min(count, at_once(all));
         const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * DEPTH * word_;
         return {norms + points_size(together), std::max(chunk, POINTS * sums_plane(together) + weights)};
@@ -57,7 +57,7 @@ class Winograd final : public Convolution {
     // Of large pictures a 1×1 convolution's sums are made block by block as they are added: they need not go to memory and come back.
     bool absorbs(const std::vector<Extent>& registers) const override {
         const auto [height, width, units] = extent(registers, 0, 0);
-        return added_ != nullptr && static_cast<std::size_t>(tiles(height)) * tiles(width) > SMALL;
+        return added_ != nullptr && !by_panels(static_cast<std::size_t>(tiles(height)) * tiles(width));
     }
 
     // Large pictures are cut into blocks of tiles, each done whole by one thread, transforms and all. Of small ones there are too few
@@ -66,7 +66,7 @@ class Winograd final : public Convolution {
         find_norms(run, run.shared);
         const View& out = run.views[to];
         const std::size_t all = static_cast<std::size_t>(tiles(out.height)) * tiles(out.width);
-        if (all > SMALL) {
+        if (!by_panels(all)) {
             run_blocks(run);
             return;
         }
@@ -75,10 +75,15 @@ class Winograd final : public Convolution {
     }
 
    protected:
-    std::size_t units(int height, int width) const override { return tiles(height) * segments(width); }
+    std::size_t units(int height, int width) const override {
+        const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width), high = by_panels(all) ? 1 : BLOCK_ROWS;
+        return (tiles(height) + high - 1) / high * segments(width);
+    }
 
    private:
     static std::size_t segments(int width) { return (tiles(width) + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS; }
+    // Whether panels, not places, are shared out: also where each block would transform the weights anew.
+    bool by_panels(std::size_t all) const { return all <= (kept_ ? SMALL : 4 * SMALL); }
     static std::size_t at_once(std::size_t all) { return std::max<std::size_t>(1, SMALL / all); }  // pictures
     std::size_t weights_plane() const { return plane_of((kept_ ? all_ : depth_) * panel_); }
     std::size_t points_plane(std::size_t count) const { return plane_of(count * depth_); }
@@ -173,8 +178,9 @@ class Winograd final : public Convolution {
             end.add = added;
             end.add_pixel_stride = panel_, end.add_row_stride = std::min(columns * TILE, out.width - column * TILE) * panel_;
         }
-        end.unit_stride = across * 2 * out.padded;
-        if (end.sums != nullptr) end.sums += row * end.unit_stride + column / BLOCK_COLUMNS * 2 * out.padded;
+        const std::size_t unit = 2 * out.padded, high = by_panels(static_cast<std::size_t>(tiles(out.height)) * tiles(out.width)) ? 1 : BLOCK_ROWS;
+        end.unit_stride = high == 1 ? across * unit : 0;
+        if (end.sums != nullptr) end.sums += (row / high * across + column / BLOCK_COLUMNS) * unit;
         run.kernels.transform_output(sums, plane, tile_row_stride, std::min(rows * TILE, out.height - row * TILE),
                                      std::min(columns * TILE, out.width - column * TILE), end);
     }
