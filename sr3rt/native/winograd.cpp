@@ -82,8 +82,8 @@ class Winograd final : public Convolution {
 
    private:
     static std::size_t segments(int width) { return (tiles(width) + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS; }
-    // Whether panels, not places, are shared out: also where each block would transform the weights anew.
-    bool by_panels(std::size_t all) const { return all <= (kept_ ? SMALL : 4 * SMALL); }
+    // Whether panels, not places, are shared out: also where each block would transform the weights anew, if there are as many panels as blocks.
+    bool by_panels(std::size_t all) const { return all <= SMALL || (!kept_ && all <= panels() * BLOCK && all <= 4 * SMALL); }
     static std::size_t at_once(std::size_t all) { return std::max<std::size_t>(1, SMALL / all); }  // pictures
     std::size_t weights_plane() const { return plane_of((kept_ ? all_ : depth_) * panel_); }
     std::size_t points_plane(std::size_t count) const { return plane_of(count * depth_); }
