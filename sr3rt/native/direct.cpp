@@ -67,9 +67,7 @@ class Direct final : public Convolution {
         int row, column, rows, columns;
     };
 
-    bool reads_in_place() const {
-        return word_ == 1 && side_ == 1 && options_.stride == 1 && options_.norm.groups == 0 && !options_.silu && options_.resample == Resample::none;
-    }
+    bool reads_in_place() const { return word_ == 1 && pointwise(); }
 
     // Whole rows, or a part of one. Of low pictures few rows, so that there is something to share out.
     static Cut cut_of(int height, int width) {

@@ -14,6 +14,7 @@ constexpr std::size_t SMALL = 64;                            // tiles up to whic
 constexpr std::size_t KEPT = 256 * 128;                      // inputs · outputs up to which transformed weights, four times as large, are kept
 
 int tiles(int pixels) { return (pixels + TILE - 1) / TILE; }
+std::size_t tiles(int height, int width) { return static_cast<std::size_t>(tiles(height)) * tiles(width); }
 
 class Winograd final : public Convolution {
    public:
@@ -40,7 +41,7 @@ class Winograd final : public Convolution {
     Scratch scratch(const std::vector<Extent>& registers, std::size_t count) const override {
         const auto [height, width, units] = extent(registers, 0, 0);
         const std::size_t norms = rounded_up(norms_size(count), 16), weights = kept_ ? 0 : POINTS * weights_plane();
-        const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
+        const std::size_t all = tiles(height, width);
         if (!by_panels(all)) return {norms, strip() + points_size(BLOCK) + POINTS * sums_plane(BLOCK) + weights + (added_ ? added_size() : 0)};
         const std::size_t together = all * std::min(count, at_once(all));
         const std::size_t chunk = static_cast<std::size_t>(tiles(height) * TILE + 2) * (tiles(width) * TILE + 2) * DEPTH * word_;
@@ -50,14 +51,14 @@ class Winograd final : public Convolution {
     // Of small pictures one reading of the weights serves several; of large ones a few have not the blocks for many threads.
     bool shares(const std::vector<Extent>& registers, std::size_t threads) const override {
         const auto [height, width, units] = extent(registers, 0, 0);
-        const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width);
+        const std::size_t all = tiles(height, width);
         return all <= SMALL ? at_once(all) > 1 : all < 4 * BLOCK * threads;
     }
 
     // Of large pictures a 1×1 convolution's sums are made block by block as they are added: they need not go to memory and come back.
     bool absorbs(const std::vector<Extent>& registers) const override {
         const auto [height, width, units] = extent(registers, 0, 0);
-        return added_ != nullptr && !by_panels(static_cast<std::size_t>(tiles(height)) * tiles(width));
+        return added_ != nullptr && !by_panels(tiles(height, width));
     }
 
     // Large pictures are cut into blocks of tiles, each done whole by one thread, transforms and all. Of small ones there are too few
@@ -65,7 +66,7 @@ class Winograd final : public Convolution {
     void run(const Run& run) const override {
         find_norms(run, run.shared);
         const View& out = run.views[to];
-        const std::size_t all = static_cast<std::size_t>(tiles(out.height)) * tiles(out.width);
+        const std::size_t all = tiles(out.height, out.width);
         if (!by_panels(all)) {
             run_blocks(run);
             return;
@@ -76,11 +77,13 @@ class Winograd final : public Convolution {
 
    protected:
     std::size_t units(int height, int width) const override {
-        const std::size_t all = static_cast<std::size_t>(tiles(height)) * tiles(width), high = by_panels(all) ? 1 : BLOCK_ROWS;
+        const std::size_t high = unit_rows(height, width);
         return (tiles(height) + high - 1) / high * segments(width);
     }
 
    private:
+    // Rows of tiles whose outputs are summed in one place for the next norm: a block's, which one thread makes.
+    std::size_t unit_rows(int height, int width) const { return by_panels(tiles(height, width)) ? 1 : BLOCK_ROWS; }
     static std::size_t segments(int width) { return (tiles(width) + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS; }
     // Whether panels, not places, are shared out: also where each block would transform the weights anew, if there are as many panels as blocks.
     bool by_panels(std::size_t all) const { return all <= SMALL || (!kept_ && all <= panels() * BLOCK && all <= 4 * SMALL); }
@@ -178,7 +181,7 @@ class Winograd final : public Convolution {
             end.add = added;
             end.add_pixel_stride = panel_, end.add_row_stride = std::min(columns * TILE, out.width - column * TILE) * panel_;
         }
-        const std::size_t unit = 2 * out.padded, high = by_panels(static_cast<std::size_t>(tiles(out.height)) * tiles(out.width)) ? 1 : BLOCK_ROWS;
+        const std::size_t unit = 2 * out.padded, high = unit_rows(out.height, out.width);
         end.unit_stride = high == 1 ? across * unit : 0;
         if (end.sums != nullptr) end.sums += (row / high * across + column / BLOCK_COLUMNS) * unit;
         run.kernels.transform_output(sums, plane, tile_row_stride, std::min(rows * TILE, out.height - row * TILE),
