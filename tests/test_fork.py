@@ -60,9 +60,8 @@ def status_of_child(work: Callable[[], bool], seconds: float = 20) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@NATIVE
-def test_a_child_forked_during_a_call_can_make_its_own(shipped: Bundle, pictures: tuple[Floats, Floats, Floats]) -> None:
-    network = backends.load(shipped, Request("native", threads=2))
+def test_a_child_forked_during_a_call_can_make_its_own(asked: Request, shipped: Bundle, pictures: tuple[Floats, Floats, Floats]) -> None:
+    network = backends.load(shipped, asked)
     expected = run(network, *pictures)
     ending = threading.Event()
 
@@ -88,6 +87,24 @@ def test_a_forked_child_runs_its_parents_network_and_its_own(
     expected = run(network, *pictures)
     assert status_of_child(lambda: bool((run(network, *pictures) == expected).all())) == 0
     assert status_of_child(lambda: bool((run(backends.load(shipped, asked), *pictures) == expected).all())) == 0
+    assert (run(network, *pictures) == expected).all()
+
+
+def test_a_call_that_its_parent_bound_runs_in_a_forked_child(
+    asked: Request, shipped: Bundle, pictures: tuple[Floats, Floats, Floats]
+) -> None:
+    network, out = backends.load(shipped, asked), np.empty_like(pictures[0])
+    step = network.bind(*pictures, out)
+    step()
+    expected = out.copy()
+
+    def repeated() -> bool:
+        for _ in range(2):
+            out[:] = np.nan
+            step()
+        return bool((out == expected).all())
+
+    assert status_of_child(repeated) == 0
     assert (run(network, *pictures) == expected).all()
 
 

@@ -5,7 +5,7 @@ stream of the loop of backends/device.py, and are captured with the step. That o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -67,7 +67,7 @@ def load(bundle: Bundle, request: Request, *, hoisted: bool = True) -> OrtNetwor
     name, precision = _graph(request)
     if request.device in ("auto", "cpu"):
         parts = (STEP, ONCE) if hoisted and name == NETWORK and ONCE in bundle.manifest.files else (name,)
-        return OrtNetwork(*(_session(bundle, part, [CPU], threads=request.thread_count) for part in parts), precision=precision)
+        return OrtNetwork(lambda: [_session(bundle, part, [CPU], threads=request.thread_count) for part in parts], precision=precision)
     gpu = Gpu(device.gpu_index(request.device))
 
     def on(stream: Stream) -> onnxruntime.InferenceSession:
@@ -98,17 +98,18 @@ def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions have no common base
         raise BackendError(f"onnxruntime {onnxruntime.__version__} cannot load {bundle.path / name}: {error}") from error
-    _SESSIONS.add(session)
+    _MADE.add(session)
     return session
 
 
-_SESSIONS = WeakSet["onnxruntime.InferenceSession"]()
-_FOR_EVER: list[onnxruntime.InferenceSession] = []
+_MADE = WeakSet[Any]()  # sessions and bindings
+_FOR_EVER: list[Any] = []
 
 
 def _forked() -> None:
-    """In a new process. Sessions of its parent run there, in the caller's thread; let go of, they wait for threads that do not exist."""
-    _FOR_EVER.extend(_SESSIONS)
+    """In a new process. Its parent's sessions wait there for threads that do not exist, be it only to be let go of."""
+    _FOR_EVER.extend(_MADE)
+    _MADE.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -116,32 +117,29 @@ if hasattr(os, "register_at_fork"):
 
 
 class OrtNetwork:
-    """A `Network` over one session, or over two: `once` then computes of x what `session` takes besides x, y and level.
+    """A `Network` over one session, or over two: the second then computes of x what the first takes besides x, y and level.
 
+    make: makes them; called again in a forked process, the first time that it runs the network there.
     Sessions are thread-safe; each binding is its own. fp16 is what a GPU computes, slowly: few CPUs have its arithmetic, and onnxruntime
     widens what they lack.
     """
 
     backend, device = "onnxruntime", "cpu"
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, once: onnxruntime.InferenceSession | None = None, *, precision: str = "fp32"
-    ) -> None:
-        self._session, self._once, self.precision = session, once, precision
+    def __init__(self, make: Callable[[], Sequence[onnxruntime.InferenceSession]], *, precision: str = "fp32") -> None:
+        self._make, self.precision = make, precision
+        self._sessions, self._process = make(), os.getpid()
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
         """As `Network.bind`. The arrays' memory is bound, not copied. A call raises BackendError, above all when memory runs out."""
-        binding = _bound(self._session, x=x, y=y, level=level)
-        binding.bind_output("out", "cpu", 0, np.float32, out.shape, out.ctypes.data)
-        before = self._given(x, binding) if self._once else None
-        arrays = (x, y, level, out)  # the binding holds only addresses
+        step, process = self._bind(x, y, level, out), os.getpid()
 
         def run() -> None:
-            assert arrays
+            nonlocal step, process
+            if process != os.getpid():
+                step, process = self._bind(x, y, level, out), os.getpid()
             try:
-                if before:
-                    before()
-                self._session.run_with_iobinding(binding)
+                step()
             except Exception as error:  # onnxruntime's own exceptions have no common base
                 raise BackendError(
                     f"onnxruntime failed on {'×'.join(map(str, x.shape))} (batch, channels, height, width): {error}"
@@ -149,31 +147,48 @@ class OrtNetwork:
 
         return run
 
-    def _given(self, x: Floats, binding: onnxruntime.IOBinding) -> Callable[[], None]:
-        """A call that gives `binding` what the other session computes of x, anew where x is not what it was."""
-        assert self._once is not None
-        once, names = self._once, [output.name for output in self._once.get_outputs()]
-        first = _bound(once, x=x)
-        for name in names:
-            first.bind_output(name, "cpu")
-        seen: Floats | None = None
+    def _bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
+        """A call of this process's sessions. The caller holds the arrays: bindings have only their addresses."""
+        if self._process != os.getpid():
+            self._sessions, self._process = self._make(), os.getpid()
+        session, *others = self._sessions
+        binding = _bound(session, x=x, y=y, level=level)
+        binding.bind_output("out", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        before = [_given(once, x, binding) for once in others]
 
-        def give() -> None:
-            nonlocal seen
-            if seen is not None and np.array_equal(seen.view(np.uint32), x.view(np.uint32)):
-                return
-            seen = None  # until it has been computed
-            once.run_with_iobinding(first)
-            for name, value in zip(names, first.get_outputs(), strict=True):
-                binding.bind_ortvalue_input(name, value)
-            seen = x.copy()
+        def step() -> None:
+            for give in before:
+                give()
+            session.run_with_iobinding(binding)
 
-        return give
+        return step
+
+
+def _given(once: onnxruntime.InferenceSession, x: Floats, binding: onnxruntime.IOBinding) -> Callable[[], None]:
+    """A call that gives `binding` what `once` computes of x, anew where x is not what it was."""
+    names = [output.name for output in once.get_outputs()]
+    first = _bound(once, x=x)
+    for name in names:
+        first.bind_output(name, "cpu")
+    seen: Floats | None = None
+
+    def give() -> None:
+        nonlocal seen
+        if seen is not None and np.array_equal(seen.view(np.uint32), x.view(np.uint32)):
+            return
+        seen = None  # until it has been computed
+        once.run_with_iobinding(first)
+        for name, value in zip(names, first.get_outputs(), strict=True):
+            binding.bind_ortvalue_input(name, value)
+        seen = x.copy()
+
+    return give
 
 
 def _bound(session: onnxruntime.InferenceSession, **inputs: Floats) -> onnxruntime.IOBinding:
     """A binding of the arrays' memory on the host."""
     binding = session.io_binding()
+    _MADE.add(binding)
     for name, array in inputs.items():
         binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
     return binding
