@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sr3rt.backends.cuda import Gpu
 from sr3rt.backends.tensorrt import flavour, module
 from sr3rt.engines import PORTABLE
 from sr3rt.errors import BackendError
+from sr3rt.program import Register
 
 
 def version() -> str:
@@ -34,12 +36,20 @@ def target() -> tuple[str, int | None]:
 
 
 def build(
-    model: bytes | Path, *, batch: int, height: int, width: int, tf32: bool, opt_level: int | None = None, timing_cache: Path | None = None
+    model: bytes | Path,
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    given: Mapping[str, Register] | None = None,
+    tf32: bool,
+    opt_level: int | None = None,
+    timing_cache: Path | None = None,
 ) -> bytes:
     """A serialised engine for exactly this shape. model: an ONNX file's bytes, or its path where weights lie beside it.
 
-    tf32: whether float32 products may be rounded to TF32. timing_cache: read where it exists, and written. A warning where that
-    fails, or where it would do nothing. Raises BackendError with what TensorRT said.
+    given: inputs that are not of the picture's size. tf32: whether float32 products may be rounded to TF32. timing_cache: read where it
+    exists, and written. A warning where that fails, or where it would do nothing. Raises BackendError with what TensorRT said.
     """
     trt, logger, log = module()
     log.lines.clear()
@@ -53,7 +63,8 @@ def build(
     config = builder.create_builder_config()
     for i in range(network.num_inputs):
         value = network.get_input(i)
-        value.shape = (batch, value.shape[1], height, width)[: len(value.shape)]  # fixed: nothing is left to be chosen at run time
+        sides = given[value.name].shape(height, width)[1:] if given and value.name in given else (height, width)
+        value.shape = (batch, value.shape[1], *sides)[: len(value.shape)]  # fixed: nothing is left to be chosen at run time
     if (capturable := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
         config.set_flag(capturable)  # TensorRT for RTX wants it of engines whose calls are captured
     if not tf32:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
 from sr3rt.bundle import NETWORK, ONCE, STEP
-from sr3rt.program import GAIN, LIFT, registers_read, still_registers
+from sr3rt.program import GAIN, LIFT, parts
 from sr3rt.safetensors import Weights
 
 OPSET = 21
@@ -37,23 +37,19 @@ def graphs(program: Mapping[str, Any], weights: Path, *, channels: int) -> dict[
     and STEP, from x, y, level and those registers to out. The weights' SHA-256 is put into each graph, whose own then stands for both.
     """
     operations = program["operations"]
-    still = still_registers(operations)
-    once = [one for one in operations if one["to"] in still]
-    step = [one for one in operations if one["to"] not in still]
     with weights.open("rb") as stream:
         digest, tensors = hashlib.file_digest(stream, "sha256").hexdigest(), Weights(stream)
 
-        def model(some: list[Mapping[str, Any]], *, level: bool = True, **registers: Any) -> onnx.ModelProto:
+        def model(some: Iterable[Mapping[str, Any]], *, level: bool = True, **registers: Any) -> onnx.ModelProto:
             made = _graph(_Writer(tensors, weights.name, channels), some, program["level"] if level else None, **registers)
             helper.set_model_props(made, {"weights_sha256": digest})
             return made
 
         found = {NETWORK: model(operations)}
-        if any(one["do"] == "convolution" for one in once):
-            ends = sorted({name for one in step for name in registers_read(one)} & still)
-            found[ONCE] = model(once, level=False, ends=ends)
+        if apart := parts(operations):
+            found[ONCE] = model(apart.once, level=False, ends=apart.given)
             given = {one.name: one.type.tensor_type.shape.dim[1].dim_value for one in found[ONCE].graph.output}
-            found[STEP] = model(step, given=given)
+            found[STEP] = model(apart.step, given=given)
     return found
 
 

@@ -1,7 +1,8 @@
 """Checkpoint or bundle -> bundle with TensorRT engines: `python export/to_trt.py CKPT|BUNDLE [--batch 1,4] [--size 128,256]`.
 
 The bundle gets the network in float16 (`network.fp16.onnx`; float32 where it must be), compared with the float32 one at every shape that is
-built, and an engine for each batch and size. Building with TensorRT for RTX needs no GPU.
+built, and an engine for each batch and size. What of a network depends on the input alone has engines of its own, one for each size.
+Building with TensorRT for RTX needs no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cyclopts import App, Parameter
 
 from sr3rt import __version__, backends
 from sr3rt.backends.tensorrt import flavour
-from sr3rt.bundle import GOLDEN, HALF, NETWORK, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, check_target, write_manifest, writing
+from sr3rt.bundle import GOLDEN, GRAPHS, WEIGHTS, WEIGHTS_BEFORE, Bundle, Manifest, check_target, write_manifest, writing
 from sr3rt.engines import EngineKey
 from sr3rt.errors import BackendError, BundleCorrupt, OptionError
 from sr3rt.export import builder, parity
@@ -36,6 +37,7 @@ from sr3rt.export.precision import half
 from sr3rt.export.progress import Progress, progress_line
 from sr3rt.export.training_config import read_config
 from sr3rt.golden import answer
+from sr3rt.program import given_registers
 
 LIMITS = parity.Limits(net=5e-3, picture=5e-2)
 SIDE = 128  # of engines of a network that was trained at nobody knows what
@@ -134,7 +136,8 @@ def _add_engines(
                 shutil.copyfileobj(source, copy)
         manifest = _with_half(bundle, folder, shapes, progress) if precision == "fp16" else bundle.manifest
         kept = _kept(manifest, folder)
-        built = _build(folder, precision, shapes, opt_level, timing_cache, kept, progress) if missing is None else {}
+        keys = _keys(bundle, folder, precision, shapes, opt_level) if missing is None else []
+        built = _build(folder, bundle, keys, timing_cache, kept, progress)
         engines = kept | built
         _write_golden(bundle, folder, engines, [name for name in engines if engines[name] == kept.get(name)], progress)
         write_manifest(folder, replace(manifest, engines=engines))
@@ -176,12 +179,13 @@ def _check_origin(target: Path, manifest: Manifest, source: Path, told: Mapping[
 
 
 def _with_half(bundle: Bundle, folder: Path, shapes: Sequence[Shape], progress: Progress) -> Manifest:
-    """Write network.fp16.onnx to `folder` and compare it with the float32 network. Returns the manifest with the figures."""
+    """Write the network in float16 to `folder` and compare it with the float32 one. Returns the manifest with the figures."""
     progress("converting the network to float16")
-    model = onnx.load_from_string(bundle.read(NETWORK))
-    beside = _beside(model)
-    graph = half(model, bundle.read(beside) if beside else b"")
-    (folder / HALF).write_bytes(graph.SerializeToString())
+    for part in _parts(bundle):
+        model = onnx.load_from_string(bundle.read(GRAPHS["fp32", part]))
+        beside = _beside(model, GRAPHS["fp32", part])
+        graph = half(model, bundle.read(beside) if beside else b"")
+        (folder / GRAPHS["fp16", part]).write_bytes(graph.SerializeToString())
     write_manifest(folder, replace(bundle.manifest, engines={}))
     reference = backends.load(bundle, backends.Request("onnxruntime"))
     converted = backends.load(Bundle.open(folder), backends.Request("onnxruntime", precision="fp16"))
@@ -191,60 +195,81 @@ def _with_half(bundle: Bundle, folder: Path, shapes: Sequence[Shape], progress: 
     return replace(bundle.manifest, parity={**bundle.manifest.parity, "fp16 net": figures["net"], "fp16 picture": figures["picture"]})
 
 
-def _beside(model: onnx.ModelProto) -> str | None:
-    """The bundle's file that the graph's weights are in, or None. Raises BundleCorrupt for a file that no bundle has."""
+def _parts(bundle: Bundle) -> list[str]:
+    """Those that the bundle's network is in."""
+    graphs = bundle.manifest.graphs("fp32")
+    return [part for (_, part), file in GRAPHS.items() if file in graphs]
+
+
+def _beside(model: onnx.ModelProto, name: str) -> str | None:
+    """The bundle's file that the weights of graph `name` are in, or None. Raises BundleCorrupt for a file that no bundle has."""
     tensors = (*model.graph.initializer, *(attribute.t for node in model.graph.node for attribute in node.attribute))
     found = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
     if len(found) > 1 or found - {WEIGHTS, WEIGHTS_BEFORE}:
-        raise BundleCorrupt(f"{NETWORK} takes weights from {', '.join(sorted(found))}, expected {WEIGHTS}: export the bundle again")
+        raise BundleCorrupt(f"{name} takes weights from {', '.join(sorted(found))}, expected {WEIGHTS}: export the bundle again")
     return found.pop() if found else None
 
 
 def _kept(manifest: Manifest, folder: Path) -> dict[str, dict[str, Any]]:
     """The bundle's engines that belong to its networks; files of others are removed."""
-    digests = {"fp32": _digest(folder / NETWORK), "fp16": _digest(folder / HALF) if (folder / HALF).exists() else None}
+    digests = {of: _digest(folder / graph) for of, graph in GRAPHS.items() if (folder / graph).exists()}
     kept = {}
     for name, content in manifest.engines.items():
         key = EngineKey.of(content)
-        if digests.get(key.precision) == key.onnx_sha256:
+        if digests.get((key.precision, key.part)) == key.onnx_sha256:
             kept[name] = asdict(key)
         else:
             (folder / name).unlink()
     return kept
 
 
+def _keys(bundle: Bundle, folder: Path, precision: str, shapes: Sequence[Shape], opt_level: int | None) -> list[EngineKey]:
+    """Of the engines for `shapes`, of graphs in `folder`."""
+    graphs = {part: folder / GRAPHS[precision, part] for part in _parts(bundle)}
+    for graph in graphs.values():
+        _beside(onnx.load(graph, load_external_data=False), graph.name)
+    (capability, driver), package = builder.target(), (flavour(), builder.version())
+    keys = []
+    for part, graph in graphs.items():
+        digest, each = _digest(graph), dict.fromkeys((1, *sides) for _, *sides in shapes)
+        for batch, height, width in each if part == "once" else shapes:
+            keys.append(EngineKey(digest, precision, batch, height, width, *package, capability, driver, opt_level, part))
+    return keys
+
+
 def _build(
-    folder: Path,
-    precision: str,
-    shapes: Sequence[Shape],
-    opt_level: int | None,
-    timing_cache: Path | None,
-    kept: Mapping[str, object],
-    progress: Progress,
+    folder: Path, bundle: Bundle, keys: Sequence[EngineKey], timing_cache: Path | None, kept: Mapping[str, object], progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Engines for `shapes` in `folder`, by file name; those that are there already are not built again."""
-    graph = folder / (HALF if precision == "fp16" else NETWORK)
-    _beside(onnx.load(graph, load_external_data=False))
-    digest, (capability, driver) = _digest(graph), builder.target()
-    engines = {}
-    for i, (batch, height, width) in enumerate(shapes):
-        key = EngineKey(digest, precision, batch, height, width, flavour(), builder.version(), capability, driver, opt_level)
+    """Engines in `folder`, by file name; those that are there already are not built again."""
+    given = given_registers(bundle) if any(key.part == "step" for key in keys) else {}
+    for i, key in enumerate(keys):
         if kept.get(key.name) != asdict(key):
-            progress(f"building the engine {batch}×{height}×{width} ({i + 1} of {len(shapes)})")
-            plan = builder.build(graph, batch=batch, height=height, width=width, tf32=False, opt_level=opt_level, timing_cache=timing_cache)
+            progress(f"building the engine {key.batch}×{key.height}×{key.width} ({i + 1} of {len(keys)})")
+            plan = builder.build(
+                folder / GRAPHS[key.precision, key.part],
+                batch=key.batch,
+                height=key.height,
+                width=key.width,
+                given=given,
+                tf32=False,
+                opt_level=key.opt_level,
+                timing_cache=timing_cache,
+            )
             (folder / key.name).write_bytes(plan)
-        engines[key.name] = asdict(key)
-    return engines
+    return {key.name: asdict(key) for key in keys}
 
 
 def _write_golden(bundle: Bundle, folder: Path, engines: Mapping[str, Mapping[str, Any]], kept: Sequence[str], progress: Progress) -> None:
-    """golden.json in `folder`: what each engine must answer, by the float32 network on the CPU; of those `kept`, what the bundle says."""
+    """golden.json in `folder`: what each engine, with the one that it needs, must answer, by the float32 network on the CPU.
+
+    Of those `kept`, what the bundle says.
+    """
     before = json.loads(bundle.read(GOLDEN)) if GOLDEN in bundle.manifest.files else {}
     golden = {name: before[name] for name in kept if name in before}
-    reference = backends.load(bundle, backends.Request(precision="fp32", device="cpu")) if engines.keys() - golden else None
+    new = {name: key for name, key in ((name, EngineKey.of(engines[name])) for name in engines.keys() - golden) if key.part != "once"}
+    reference = backends.load(bundle, backends.Request(precision="fp32", device="cpu")) if new else None
     answers: dict[Shape, list[float]] = {}
-    for name in engines.keys() - golden:
-        key = EngineKey.of(engines[name])
+    for name, key in new.items():
         shape = key.batch, key.height, key.width
         if reference and shape not in answers:
             progress(f"computing what the engine {key.batch}×{key.height}×{key.width} must answer")

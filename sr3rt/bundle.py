@@ -8,8 +8,9 @@
                            large initialisers are external data in weights.safetensors, whose SHA-256 it states as `weights_sha256`
       network.once.onnx    of networks that compute something of x alone: that, from x to tensors named after the program's registers; and
       network.step.onnx    the rest, with those tensors as further inputs. The two together compute what network.onnx does
-      network.fp16.onnx    the graph in float16, strongly typed, with float32 inputs and output and its own weights (export/precision.py)
-      *.plan               TensorRT engines of either graph (export/to_trt.py); `engines` in the manifest says where each may run
+      network.fp16.onnx    the graph in float16, strongly typed, with float32 inputs and output and its own weights (export/precision.py);
+                           of networks that are in two, network.once.fp16.onnx and network.step.fp16.onnx in its place
+      *.plan               TensorRT engines of these graphs (export/to_trt.py); `engines` in the manifest says where each may run
       golden.json          what each engine must answer when it is loaded (sr3rt/golden.py)
 
 Bundles from before have no network.json; their weights are in network.onnx or, when large, in network.onnx.data. onnxruntime runs them.
@@ -41,8 +42,14 @@ from sr3rt.samplers import Level, Prediction, Sampler
 from sr3rt.schedule import ScheduleSpec
 
 FORMAT = 1
-MANIFEST, WEIGHTS, PROGRAM, NETWORK, HALF = "sr3.json", "weights.safetensors", "network.json", "network.onnx", "network.fp16.onnx"
-ONCE, STEP = "network.once.onnx", "network.step.onnx"
+MANIFEST, WEIGHTS, PROGRAM = "sr3.json", "weights.safetensors", "network.json"
+NETWORK, ONCE, STEP = "network.onnx", "network.once.onnx", "network.step.onnx"
+HALF, HALF_ONCE, HALF_STEP = "network.fp16.onnx", "network.once.fp16.onnx", "network.step.fp16.onnx"
+GRAPHS = {
+    ("fp32", "whole"): NETWORK, ("fp32", "once"): ONCE, ("fp32", "step"): STEP,
+    ("fp16", "whole"): HALF, ("fp16", "once"): HALF_ONCE, ("fp16", "step"): HALF_STEP,
+}  # fmt: skip
+"""The file of each part of the network, by precision: the whole, or what depends on x alone and what is left for each step."""
 WEIGHTS_BEFORE = "network.onnx.data"  # of bundles without WEIGHTS
 GOLDEN = "golden.json"
 MOST_STEPS = 1_000_000  # of a schedule that a file tells of: 500 times what networks are trained with
@@ -90,6 +97,16 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
+
+    def graphs(self, precision: str, *, hoisted: bool = True) -> tuple[str, ...]:
+        """The files that compute the network at that precision: what every step runs, and, where it is in two and `hoisted`, what is run
+        once for each x. Empty where the bundle does not have it.
+        """
+        for parts in (("step", "once"), ("whole",))[not hoisted :]:
+            files = tuple(GRAPHS[precision, part] for part in parts)
+            if {*files} <= self.files.keys():
+                return files
+        return ()
 
 
 class Bundle:

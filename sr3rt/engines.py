@@ -17,6 +17,7 @@ PORTABLE = "portable"
 
 MEANING = {
     "onnx_sha256": "network",
+    "part": "part of the network",
     "precision": "precision",
     "batch": "batch size",
     "height": "height",
@@ -31,7 +32,9 @@ MEANING = {
 
 @dataclass(frozen=True)
 class EngineKey:
-    """onnx_sha256: of the graph it was built from. batch, height, width: its one shape, pictures and pixels.
+    """onnx_sha256: of the graph it was built from. part: of the network, as in sr3rt.bundle.GRAPHS.
+
+    batch, height, width: its one shape, pictures and pixels.
 
     flavour: the module, tensorrt or tensorrt_rtx. capability: as "9.0", or "portable". driver: major version; None where it was built
     without one, or does not matter. opt_level: the builder's, None for its default.
@@ -47,6 +50,7 @@ class EngineKey:
     capability: str = PORTABLE
     driver: int | None = None
     opt_level: int | None = None
+    part: str = "whole"
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> EngineKey:
@@ -64,7 +68,8 @@ class EngineKey:
         """The engine's file in a bundle."""
         level = "" if self.opt_level is None else f"-o{self.opt_level}"
         where = "" if self.capability == PORTABLE else f"-sm{self.capability.replace('.', '')}"
-        return f"{self.precision}-{self.batch}x{self.height}x{self.width}{level}{where}.{self.flavour}.plan"
+        part = "" if self.part == "whole" else f"-{self.part}"
+        return f"{self.precision}{part}-{self.batch}x{self.height}x{self.width}{level}{where}.{self.flavour}.plan"
 
     def check(self, here: EngineKey, *, bundle: object) -> None:
         """Raises EngineRefused, which names the first field that differs from `here` and the command that builds the engine anew."""

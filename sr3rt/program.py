@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ _KEYS = {
 
 
 @contextmanager
-def opened(bundle: Bundle) -> Iterator[tuple[Program, Tensors]]:
+def opened(bundle: Bundle) -> Iterator[tuple[Program, Weights]]:
     """The program and its tensors, which are read when they are asked for, in the block.
 
     Raises BundleCorrupt; KeyError, TypeError and ValueError of the block become that, being due to the program.
@@ -84,6 +86,73 @@ def still_registers(operations: Iterable[Program]) -> set[str]:
         if operation.get("level") is None and {*registers_read(operation)} <= still | {"x"}:
             still.add(operation["to"])
     return still
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A program's operations in two: those `once` for each x and those of every `step`. given: what these read of the others, sorted."""
+
+    once: Sequence[Program]
+    step: Sequence[Program]
+    given: Sequence[str]
+
+
+def parts(operations: Sequence[Program]) -> Parts | None:
+    """The operations in two; None where nothing that takes long depends on x alone."""
+    still = still_registers(operations)
+    once = [one for one in operations if one["to"] in still]
+    step = [one for one in operations if one["to"] not in still]
+    if not any(one["do"] == "convolution" for one in once):
+        return None
+    return Parts(once, step, sorted({name for one in step for name in registers_read(one)} & still))
+
+
+def given_registers(bundle: Bundle) -> dict[str, Register]:
+    """What a bundle's program, where it is in two, gives to every step. Raises BundleCorrupt."""
+    with opened(bundle) as (program, weights):
+        apart = parts(program["operations"])
+        found = registers(program["operations"], weights, bundle.manifest.channels)
+        return {name: found[name] for name in (apart.given if apart else ())}
+
+
+@dataclass(frozen=True)
+class Register:
+    """channels: how many. side: its height and width, as a part of x's."""
+
+    channels: int
+    side: Fraction
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) for an x of that height and width, multiples of the network's stride."""
+        return self.channels, int(height * self.side), int(width * self.side)
+
+
+def registers(operations: Iterable[Program], weights: Weights, channels: int) -> dict[str, Register]:
+    """All, by name, where x and y have so many channels. Raises KeyError for a name that is not known."""
+    found = dict.fromkeys(("x", "y"), Register(channels, Fraction(1)))
+    for one in operations:
+        found[one["to"]] = _written(one, found[one["from"][0]], weights)
+    return found
+
+
+def _written(operation: Program, first: Register, weights: Weights) -> Register:
+    """What an operation makes of registers of which `first` is the first."""
+    channels, side = first.channels, first.side
+    match operation["do"]:
+        case "convolution":
+            channels, side = weights.shape(operation["weight"])[0], side * _TIMES[operation["resample"]] / operation["stride"]
+        case "resample":
+            side *= _TIMES[operation["by"]]
+        case "attention":
+            channels //= 3
+        case "unshuffle":
+            channels, side = channels * operation["by"] ** 2, side / operation["by"]
+        case "to_bands":
+            channels, side = channels * 7, side / 2
+    return Register(channels, side)
+
+
+_TIMES = {None: Fraction(1), "up": Fraction(2), "down": Fraction(1, 2)}
 
 
 def _check_operation(operation: Program) -> None:

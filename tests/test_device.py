@@ -6,7 +6,7 @@ import ctypes
 import functools
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cuda_on_host
@@ -18,6 +18,7 @@ from sr3rt import _native
 from sr3rt.backends import Floats, cuda, device
 from sr3rt.backends.cuda import Gpu, Stream
 from sr3rt.backends.device import AHEAD, DeviceEngine, Enqueue, cover
+from sr3rt.backends.on_device import bind
 from sr3rt.consistency import Projection
 from sr3rt.engine import Engine, Job, Stepper
 from sr3rt.errors import BackendError, NonFiniteError, OptionError
@@ -48,34 +49,53 @@ class OnHost:
 
 
 class OnGpu:
-    """data/arithmetic.cu as a network, for some batch sizes. after: what else a call enqueues, told the stream and the output."""
+    """data/arithmetic.cu as a network, for some batch sizes. after: what else a call enqueues, told the stream and the output.
+
+    apart: whether what depends on x alone is computed once for each picture.
+    """
 
     backend, device, precision = "arithmetic", "cuda:0", "fp32"
 
-    def __init__(self, *batches: int, after: Callable[[int, int], None] = lambda stream, out: None) -> None:
+    def __init__(self, *batches: int, apart: bool = False, after: Callable[[int, int], None] = lambda stream, out: None) -> None:
         from cuda.bindings import driver
 
-        self.gpu, self._batches, self._driver, self._after = Gpu(), batches, driver, after
+        self.gpu, self._batches, self._driver, self._after, self._apart, self.known = Gpu(), batches, driver, after, apart, 0
         library = cuda.checked(driver.cuLibraryLoadData(machine_code(self.gpu.capability), [], [], 0, [], [], 0), "loading")
-        self._kernel = int(cuda.checked(driver.cuLibraryGetKernel(library, b"arithmetic"), "looking"))
+        names = b"arithmetic", b"known", b"rest"
+        self._kernels = {name.decode(): int(cuda.checked(driver.cuLibraryGetKernel(library, name), "looking")) for name in names}
 
     def batches(self, height: int, width: int) -> tuple[int, ...]:
         return self._batches
 
     def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
-        values, address, number = SHAPE[0] * height * width, ctypes.c_void_p, ctypes.c_uint32
-        types = address, address, address, address, number
+        kernel, first = ("rest", "known") if self._apart else ("arithmetic", "x")
 
-        def enqueue(x: int, y: int, level: int, out: int) -> None:
-            assert not any(one % cuda.ALIGNED for one in (x, y, level, out))
-            blocks, parameters = (-(-values // 256), batch, 1), ((x, y, level, out, values), types)
-            cuda.checked(self._driver.cuLaunchKernel(self._kernel, *blocks, 256, 1, 1, 0, stream.handle, parameters, 0), "starting")
-            self._after(stream.handle, out)
+        def enqueue(addresses: Mapping[str, int]) -> None:
+            self._launch(kernel, [addresses[name] for name in (first, "y", "level", "out")], batch, height * width, stream)
+            self._after(stream.handle, addresses["out"])
 
         return enqueue
 
+    def given(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        return {"known": (2 * SHAPE[0], height, width)} if self._apart else {}
+
+    def once(self, height: int, width: int, stream: Stream) -> Enqueue:
+        def enqueue(addresses: Mapping[str, int]) -> None:
+            self.known += 1
+            self._launch("known", [addresses["x"], addresses["known"]], 1, height * width, stream)
+
+        return enqueue
+
+    def _launch(self, kernel: str, addresses: list[int], batch: int, pixels: int, stream: Stream) -> None:
+        assert not any(one % cuda.ALIGNED for one in addresses)
+        values = SHAPE[0] * pixels
+        parameters = (*addresses, values), (*[ctypes.c_void_p] * len(addresses), ctypes.c_uint32)
+        blocks = -(-values // 256), batch, 1
+        launched = self._driver.cuLaunchKernel(self._kernels[kernel], *blocks, 256, 1, 1, 0, stream.handle, parameters, 0)
+        cuda.checked(launched, "starting")
+
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
-        return device.bind(self, x, y, level, out)
+        return bind(self, x, y, level, out)
 
 
 @functools.cache
@@ -103,9 +123,9 @@ def any_gpu(request: pytest.FixtureRequest, gpu: MakeCuda) -> None:
         pytest.skip("there is no GPU here")
 
 
-def on_gpu(*batches: int, capacity: int = 4, capture: bool = True, network: OnGpu | None = None) -> DeviceEngine:
+def on_gpu(*batches: int, capacity: int = 4, capture: bool = True, apart: bool = False, network: OnGpu | None = None) -> DeviceEngine:
     channels, height, width = SHAPE
-    network = network or OnGpu(*(batches or (1, 2, 4)))
+    network = network or OnGpu(*(batches or (1, 2, 4)), apart=apart)
     return DeviceEngine(network, capacity=capacity, channels=channels, height=height, width=width, capture=capture)
 
 
@@ -143,9 +163,10 @@ def test_calls_cover_the_busy_slots(count: int, batches: tuple[int, ...], calls:
 
 @pytest.mark.parametrize("batches", [(1,), (4,), (1, 2, 4), (1, 4), (3,)])
 @pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.usefixtures("any_gpu")
-def test_jobs_together_have_the_bits_of_the_hosts_loop(batches: tuple[int, ...], capture: bool) -> None:
-    engine = on_gpu(*batches, capacity=5, capture=capture)
+def test_jobs_together_have_the_bits_of_the_hosts_loop(batches: tuple[int, ...], capture: bool, apart: bool) -> None:
+    engine = on_gpu(*batches, capacity=5, capture=capture, apart=apart)
     for found, job in zip(run(engine, *jobs(5)), jobs(5), strict=True):
         assert np.array_equal(found, run(on_host(), job)[0])
 
@@ -154,7 +175,7 @@ def test_jobs_together_have_the_bits_of_the_hosts_loop(batches: tuple[int, ...],
 @pytest.mark.usefixtures("any_gpu")
 def test_jobs_that_join_and_leave_at_any_step_do_not_change_others(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    engine, running, waiting = on_gpu(1, 2, 4, capacity=4), dict[Job, int](), jobs(10)
+    engine, running, waiting = on_gpu(1, 2, 4, capacity=4, apart=seed % 2 == 0), dict[Job, int](), jobs(10)
     expected = {job: run(on_host(), job)[0] for job in waiting}
     done = 0
     while running or waiting:
@@ -220,7 +241,33 @@ def test_pictures_of_many_runs_and_many_tables(gpu: MakeCuda) -> None:
 
 
 @pytest.mark.usefixtures("any_gpu")
-def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host() -> None:
+def test_what_depends_on_x_alone_is_computed_once_for_each_picture() -> None:
+    network = OnGpu(1, 2, 4, apart=True)
+    engine = on_gpu(network=network)
+    run(engine, *jobs(4))
+    assert network.known == 4
+    job = Job(picture(), rows(5), seed=3, noise=lambda step: normals(SHAPE, seed=9, step=step))  # stepped on the host
+    assert np.array_equal(run(engine, job)[0], run(on_host(), job)[0])
+    assert network.known == 5
+
+
+@pytest.mark.usefixtures("any_gpu")
+def test_a_bound_call_sees_that_x_is_another() -> None:
+    network, x, y = OnGpu(1, 2, apart=True), *(np.stack([picture(i), picture(i + 1)]) for i in (0, 2))
+    level, out, wanted = np.array([[0.9], [0.2]], np.float32), np.empty_like(x), np.empty_like(x)
+    call = network.bind(x, y, level, out)
+    for calls in (2, 4, 4):
+        call()
+        OnHost().bind(x, y, level, wanted)()
+        assert np.array_equal(out, wanted) and network.known == calls
+        if calls == 2:
+            x[1, 2, 3, 4] += 1
+        y += 1
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.usefixtures("any_gpu")
+def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host(apart: bool) -> None:
     projection = Projection(4, 6, 4)
     lr = picture()[:, :4, :6]
 
@@ -233,7 +280,7 @@ def test_noise_of_ones_own_and_projection_at_every_step_run_as_on_the_host() -> 
         Job(picture(3), rows(4), seed=3, consistency="every", lr=lr, projection=projection),
         Job(picture(4), rows(5), seed=4, consistency="final", lr=lr, projection=projection),
     ]
-    engine = on_gpu()
+    engine = on_gpu(apart=apart)
     for found, job in zip(run(engine, *mixed), mixed, strict=True):
         assert np.array_equal(found, run(on_host(), job)[0])
     engine.join(mixed[1])

@@ -19,6 +19,7 @@ from sr3rt.export.nets.compact import CompactConfig, CompactUNet  # noqa: E402
 from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet  # noqa: E402
 from sr3rt.export.nets.paper import PRESETS, PaperConfig, PaperUNet  # noqa: E402
 from sr3rt.export.program import describe, dumps  # noqa: E402
+from sr3rt.program import registers  # noqa: E402
 
 NETS = {
     "sr3_a": lambda: JanspiryUNet(JanspiryConfig(inner=16, multipliers=(1, 2, 4), blocks=1, attention=(1,), norm_groups=8)),
@@ -93,6 +94,41 @@ def test_program_reads_every_weight_and_only_those(name: str) -> None:
     weights = Noting(tensors(net))
     TorchProgram(describe(net), weights)
     assert weights.read == set(weights)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_program_in_two_gives_the_same_bits(name: str, dtype: Any) -> None:
+    net = trained(name)
+    program = TorchProgram(describe(net), tensors(net), dtype=dtype)
+    assert bool(program.given) == name.startswith("compact")
+    for shape in SHAPES:
+        x, y, level = (value.to(program.wide) for value in inputs(net, name, shape))
+        with torch.inference_mode():
+            assert torch.equal(program(x, y, level, *program.once(x)), program(x, y, level))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_registers_have_the_shapes_that_are_said(name: str, tmp_path: Path) -> None:
+    net = trained(name)
+    safetensors.write(tmp_path / "weights", tensors(net))
+    program, found = describe(net), dict[str, tuple[int, ...]]()
+    with (tmp_path / "weights").open("rb") as stream:
+        said = registers(program["operations"], safetensors.Weights(stream), net.config.channels)
+    made = TorchProgram(program, tensors(net))
+
+    def noted(to: str, operation: Any) -> Any:
+        def run(*given: Any) -> Any:
+            value = operation(*given)
+            found[to] = tuple(value.shape[1:])
+            return value
+
+        return run
+
+    made._all = [(to, noted(to, operation), done) for to, operation, done in made._all]
+    x, y, level = (value.float() for value in inputs(net, name, (1, 2, 1)))
+    made(x, y, level)
+    assert found == {name: said[name].shape(*x.shape[2:]) for name in said.keys() - {"x", "y"}}
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import cuda_on_host
 import numpy as np
@@ -15,19 +17,28 @@ from cuda_on_host import Cuda
 
 pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("onnxruntime")
 
+import onnxruntime
 import tensorrt_on_host
+from tensorrt_on_host import Plan
 
 import sr3rt
-from sr3rt.backends import Floats, Network, Request, cuda, load, tensorrt
-from sr3rt.bundle import GOLDEN, Bundle, write_manifest
+from sr3rt.backends import Floats, Request, cuda, load, tensorrt
+from sr3rt.bundle import GOLDEN, WEIGHTS, Bundle, Manifest, write_manifest
+from sr3rt.engines import EngineKey
 from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, ImageError, MissingExtra
 from sr3rt.export import builder
 from sr3rt.export.to_trt import to_trt
+from sr3rt.program import given_registers
 from sr3rt.upscaler import SHIPPED
 
-Plan = Callable[[bytes], Network | None]
-Put = Callable[[Plan], Cuda]
+Loaded = Callable[[bytes], Plan | None]
+Put = Callable[[Loaded], Cuda]
+KEYS: dict[bytes, EngineKey] = {}
+"""Of the engines that were built, by their bytes: these cannot be asked without a GPU."""
+GRAPHS: dict[str, bytes] = {}
+"""That they were built from, by SHA-256."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = Path(shutil.copytree(SHIPPED, tmp_path_factory.mktemp("built") / "photo4x"))
     to_trt(target, batch="1,2", size="64", precision="fp16")
     to_trt(target, batch="1", size="96x64", precision="fp16")
-    return to_trt(target, batch="1", size="64", precision="fp32")
+    to_trt(target, batch="1", size="64", precision="fp32")
+    note_engines(target)
+    return target
+
+
+def note_engines(path: Path) -> Manifest:
+    bundle = Bundle.open(path)
+    KEYS.update({bundle.read(name): EngineKey.of(key) for name, key in bundle.manifest.engines.items()})
+    GRAPHS.update({entry["sha256"]: bundle.read(name) for name, entry in bundle.manifest.files.items() if name.endswith(".onnx")})
+    return bundle.manifest
 
 
 @pytest.fixture
@@ -47,39 +67,58 @@ def bundle(built: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def put(gpu: Callable[..., Cuda], monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
-    """`put(network)`: from here on there are a GPU and TensorRT, whose engines compute what `network(plan)` does."""
+    """`put(loaded)`: from here on there are a GPU and TensorRT, whose engines compute what `loaded(plan)` does."""
     trt, logger, log = tensorrt.module()
 
-    def here(network: Plan) -> Cuda:
+    def here(loaded: Loaded) -> Cuda:
         made = gpu()
-        monkeypatch.setattr(tensorrt, "module", lambda: (tensorrt_on_host.package(trt, made, network), logger, log))
+        monkeypatch.setattr(tensorrt, "module", lambda: (tensorrt_on_host.package(trt, made, loaded), logger, log))
         return made
 
     yield here
     log.lines.clear()
 
 
-def right(plan: bytes) -> Network:
-    assert len(plan) > 100_000  # a real engine
-    return load(Bundle.open(SHIPPED), Request(precision="fp32", device="cpu"))
+class Graph:
+    """The graph that an engine was built from, of the engine's shape."""
+
+    sessions: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, key: EngineKey) -> None:
+        bundle, size = Bundle.open(SHIPPED), (key.height, key.width)
+        if key.onnx_sha256 not in self.sessions:
+            self.sessions[key.onnx_sha256] = session(GRAPHS[key.onnx_sha256], bundle.read(WEIGHTS))
+        self._session = self.sessions[key.onnx_sha256]
+        shapes = {name: register.shape(*size) for name, register in given_registers(bundle).items()}
+        shapes |= {"level": (1,)} | dict.fromkeys(("x", "y", "out"), (bundle.manifest.channels, *size))
+        self.outputs = tuple(one.name for one in self._session.get_outputs())
+        names = (*(one.name for one in self._session.get_inputs()), *self.outputs)
+        self.shapes = {name: (key.batch, *shapes[name]) for name in names}
+
+    def __call__(self, arrays: Mapping[str, Floats]) -> dict[str, Floats]:
+        return dict(zip(self.outputs, self._session.run(self.outputs, dict(arrays)), strict=True))
 
 
-class Wrong:
-    """A network that answers something else; zeros, when told nothing."""
+def session(graph: bytes, weights: bytes) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-    backend, device, precision = "wrong", "cpu", "fp32"
 
-    def __init__(self, factor: float = 0.0) -> None:
-        self._right, self._factor = right(b"." * 200_000), factor
+def right(plan: bytes) -> Graph:
+    return Graph(KEYS[plan])
 
-    def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
-        run = self._right.bind(x, y, level, out)
 
-        def wrong() -> None:
-            run()
-            out[:] *= self._factor
+class Wrong(Graph):
+    """One that answers something else, where it is of that part."""
 
-        return wrong
+    def __init__(self, key: EngineKey, factor: float, part: str) -> None:
+        super().__init__(key)
+        self._factor = factor if key.part == part else 1
+
+    def __call__(self, arrays: Mapping[str, Floats]) -> dict[str, Floats]:
+        return {name: np.float32(self._factor) * value for name, value in super().__call__(arrays).items()}
 
 
 def photograph(height: int = 16, width: int = 16) -> np.ndarray:
@@ -144,6 +183,43 @@ def test_previews_and_cancelling(built: Path, put: Put) -> None:
     assert np.array_equal(up.upscale(photograph(), seed=1), up.upscale(photograph(), seed=1))
 
 
+def test_an_engine_of_a_step_alone_is_none(bundle: Path, put: Put) -> None:
+    put(right)
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, replace(manifest, engines={name: key for name, key in manifest.engines.items() if key["part"] == "step"}))
+    with pytest.raises(BackendError, match="has no TensorRT engine: build one with"):
+        load(Bundle.open(bundle), Request("tensorrt"))
+
+
+def test_engines_of_the_whole_network_run_and_give_way_to_better_ones(
+    built: Path, put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks in one have them, and all had before networks were in two."""
+    target = Path(shutil.copytree(SHIPPED, tmp_path / "whole"))
+    with monkeypatch.context() as before:
+        before.setattr(Manifest, "graphs", partialmethod(Manifest.graphs, hoisted=False))
+        before.setattr(builder, "build", lambda graph, **options: f"{graph.name} {options['height']}".encode())
+        to_trt(target, size="64,96", precision="fp32")
+    whole, used = note_engines(target), list[str]()
+
+    def loaded(plan: bytes) -> Plan:
+        used.append(KEYS[plan].name)
+        return right(plan)
+
+    put(loaded)
+    wanted = sr3rt.load(SHIPPED, device="cpu", precision="fp32").upscale(photograph(), seed=1, steps=3)
+    assert psnr(sr3rt.load(target, backend="tensorrt").upscale(photograph(), seed=1, steps=3), wanted) >= 60
+    assert {*used} == {"fp32-1x64x64.tensorrt_rtx.plan", "fp32-1x96x96.tensorrt_rtx.plan"}
+    used.clear()
+    better = {name: key for name, key in Bundle.open(built).manifest.engines.items() if key["precision"] == "fp32"}
+    for name in better:
+        shutil.copy(built / name, target)
+    (target / GOLDEN).write_text(json.dumps({**json.loads((built / GOLDEN).read_text()), **json.loads((target / GOLDEN).read_text())}))
+    write_manifest(target, replace(whole, engines={**whole.engines, **better}))
+    assert psnr(sr3rt.load(target, backend="tensorrt").upscale(photograph(), seed=1, steps=3), wanted) >= 60
+    assert {*used} == {f"fp32-{one}.tensorrt_rtx.plan" for one in ("1x96x96", "once-1x64x64", "step-1x64x64")}
+
+
 def test_precision_and_device_are_what_was_asked_for(built: Path, put: Put) -> None:
     put(right)
     assert sr3rt.load(built, precision="fp32").network.precision == "fp32"
@@ -200,7 +276,7 @@ def test_a_precision_without_engines(bundle: Path, put: Put) -> None:
 
 
 def test_engines_of_another_gpu_are_refused_before_tensorrt_sees_them(bundle: Path, put: Put) -> None:
-    def never(plan: bytes) -> Network:
+    def never(plan: bytes) -> Plan:
         raise AssertionError("TensorRT was given the engine")
 
     put(never)
@@ -211,10 +287,12 @@ def test_engines_of_another_gpu_are_refused_before_tensorrt_sees_them(bundle: Pa
     assert load(Bundle.open(bundle), Request()).backend == "native"
 
 
-@pytest.mark.parametrize("factor", [0.0, 1.1, float("nan")])
-def test_an_engine_that_answers_wrongly_is_refused(built: Path, put: Put, factor: float) -> None:
-    put(lambda plan: Wrong(factor))
-    with pytest.raises(EngineRefused, match=r"the engine fp16-.*\.plan answers wrongly on this GPU: it differs .* by (1|0\.1|nan)\b"):
+@pytest.mark.parametrize(
+    ("part", "factor", "error"), [("step", 0.0, r"1\b"), ("step", 1.1, r"0\.1\b"), ("step", float("nan"), "nan"), ("once", 0.0, r"\d")]
+)
+def test_an_engine_that_answers_wrongly_is_refused(built: Path, put: Put, part: str, factor: float, error: str) -> None:
+    put(lambda plan: Wrong(KEYS[plan], factor, part))
+    with pytest.raises(EngineRefused, match=rf"the engine fp16-.*\.plan answers wrongly on this GPU: it differs .* by {error}"):
         sr3rt.load(built, backend="tensorrt")
     with pytest.warns(RuntimeWarning, match="backend tensorrt should have worked and is left out: .* answers wrongly on this GPU"):
         assert sr3rt.load(built).network.backend == "native"
@@ -243,7 +321,7 @@ def test_too_little_memory_for_a_batch(built: Path, put: Put) -> None:
     made = put(right)
     up = sr3rt.load(built)
     made.total = made.used + 100_000
-    with pytest.raises(BackendError, match=r"a batch of 2 pictures of 64×64 needs 0 MiB on Host GPU, .* use a smaller batch"):
+    with pytest.raises(BackendError, match=r"a batch of 2 pictures of 64×64 needs 1 MiB on Host GPU, .* use a smaller batch"):
         up.upscale([photograph(), photograph()], seed=1)
     made.total = 1 << 28
     up.upscale([photograph(), photograph()], seed=1)
@@ -264,9 +342,10 @@ def test_without_a_gpu_or_tensorrt_the_reason_is_told(built: Path, monkeypatch: 
 
 def test_the_golden_outputs_are_the_float32_networks(built: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = json.loads(Bundle.open(built).read(GOLDEN))
-    assert set(golden) == set(Bundle.open(built).manifest.engines)
+    assert set(golden) == {name for name, key in Bundle.open(built).manifest.engines.items() if key["part"] == "step"}
     assert all(len(values) == 64 and np.ptp(values) > 0.1 for values in golden.values())
-    assert golden["fp16-1x64x64.tensorrt_rtx.plan"] == golden["fp32-1x64x64.tensorrt_rtx.plan"] != golden["fp16-1x96x64.tensorrt_rtx.plan"]
+    assert golden["fp16-step-1x64x64.tensorrt_rtx.plan"] == golden["fp32-step-1x64x64.tensorrt_rtx.plan"]
+    assert golden["fp16-step-1x64x64.tensorrt_rtx.plan"] != golden["fp16-step-1x96x64.tensorrt_rtx.plan"]
     monkeypatch.setattr(builder, "build", lambda model, **options: b"engine")
     to_trt(bundle, batch="1", size="32", precision="fp32")
     assert json.loads(Bundle.open(bundle).read(GOLDEN)).items() > golden.items()

@@ -75,10 +75,15 @@ def test_engines_of_both_precisions_are_built_into_the_bundle(name: str, exporte
     keys = {file: EngineKey.of(content) for file, content in made.manifest.engines.items()}
     found = {(key.precision, key.batch, key.height, key.width) for key in keys.values()}
     assert found == {("fp16", 1, 32, 32), ("fp16", 2, 32, 32), ("fp32", 1, 32, 64)}
+    apart = name == "shipped"
+    assert {key.part for key in keys.values()} == ({"once", "step"} if apart else {"whole"})
+    assert sorted((key.precision, key.batch) for key in keys.values() if key.part == "once") == (
+        [("fp16", 1), ("fp32", 1)] if apart else []
+    )
     for file, key in keys.items():
         assert file == key.name and len(made.read(file)) > 100_000
-        graph = "network.fp16.onnx" if key.precision == "fp16" else "network.onnx"
-        assert key.onnx_sha256 == made.manifest.files[graph]["sha256"]
+        part, half_ = f".{key.part}" if apart else "", ".fp16" if key.precision == "fp16" else ""
+        assert key.onnx_sha256 == made.manifest.files[f"network{part}{half_}.onnx"]["sha256"]
         assert (key.flavour, key.version) == ("tensorrt_rtx", builder.version())
     net = made.manifest.parity["fp16 net"]
     assert {tuple(row["shape"]) for row in net["rows"]} == {(1, 32, 32), (2, 32, 32)}  # whatever was built was compared
@@ -168,8 +173,8 @@ def test_where_the_size_of_training_is_not_known_128_is_taken_and_said(size: obj
 
 def test_the_builder_is_told_what_was_asked(bundle: Path, instant: list[dict[str, Any]], tmp_path: Path) -> None:
     to_trt(bundle, size="32x64", precision="fp32", opt_level=2, timing_cache=tmp_path / "cache")
-    expected = {"batch": 1, "height": 32, "width": 64, "tf32": False, "opt_level": 2, "timing_cache": tmp_path / "cache"}
-    assert instant == [expected]
+    shape = {"batch": 1, "height": 32, "width": 64, "given": {}}
+    assert instant == [{**shape, "tf32": False, "opt_level": 2, "timing_cache": tmp_path / "cache"}]
     (name,) = Bundle.open(bundle).manifest.engines
     assert name == "fp32-1x32x64-o2.tensorrt_rtx.plan"
 

@@ -74,6 +74,15 @@ def test_a_second_call_takes_no_memory_and_captures_nothing(on_host: Cuda) -> No
     assert on_host.calls.count("cudaGraphLaunch") == 3
 
 
+def test_what_depends_on_x_alone_is_computed_once_for_each_picture(on_host: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    up, shapes = sr3rt.load(device="cuda"), list[tuple[int, ...]]()
+    assert isinstance(up.network, backend.TorchOnGpu)
+    once = up.network._once
+    monkeypatch.setattr(up.network, "_once", lambda x: (shapes.append(tuple(x.shape)), once(x))[1])
+    up.upscale([photograph(), photograph()], seed=1, steps=4)
+    assert shapes == [(1, 3, 64, 64)] * 2
+
+
 def test_a_call_that_was_cancelled_leaves_nothing_behind(on_host: Cuda) -> None:
     up = sr3rt.load(device="cuda")
     expected = up.upscale(photograph(), seed=1, steps=3)

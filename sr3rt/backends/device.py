@@ -7,9 +7,10 @@ in which the busy slots are put together from the batch sizes that the network h
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -19,13 +20,12 @@ from sr3rt.backends.cuda import ALIGNED, Event, Gpu, Graph, Memory, Pinned, Stre
 from sr3rt.engine import Ended, Engine, Job, Slot, not_finite
 from sr3rt.errors import BackendError, OptionError
 
-Enqueue = Callable[[int, int, int, int], None]
-"""`enqueue(x, y, level, out)` puts one call of the network on its stream; addresses on the GPU."""
+Enqueue = Callable[[Mapping[str, int]], None]
+"""`enqueue({"x": …, …})` puts one call on its stream: addresses on the GPU by name, of more values than it may know."""
 
 SLOT = np.dtype([("seed", "u8"), ("table", "u8"), *((name, "u4") for name in ("rows", "row", "broken", "top", "left", "unused"))])
 """`Slot` of native/step.cu."""
 
-BATCHES = (1, 2, 4, 8, 16)  # of a network that can take any number: few, as each has graphs of its own
 AHEAD = 2  # steps that may be queued on the GPU: it never waits for the host, and who joins waits for no more than these
 TABLES = 32  # different runs whose tables are kept
 THREADS = 256  # of a block
@@ -44,7 +44,15 @@ class DeviceNetwork(Protocol):
         ...
 
     def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
-        """Calls for exactly so many pictures, on that stream. Raises BackendError."""
+        """Calls for exactly so many pictures, on that stream: from x, y, level and what is `given` to out. Raises BackendError."""
+        ...
+
+    def given(self, height: int, width: int) -> Mapping[str, tuple[int, int, int]]:
+        """Shapes (C, H, W) of what the network takes besides, float32, that is computed of a picture's x alone. Empty for most."""
+        ...
+
+    def once(self, height: int, width: int, stream: Stream) -> Enqueue:
+        """Calls for one picture, from x to what is `given`; where nothing is, never asked for. Raises BackendError."""
         ...
 
     def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
@@ -66,6 +74,7 @@ class Stage:
     """Device memory for `capacity` pictures of one size, and the network over it.
 
     x, y, net, x0: addresses of (slots, C, H, W) float32; `slots` is what the calls that take `capacity` pictures take.
+    own: what a slot has to itself (x, y, x0, what is given): the first slot's address, and the bytes of each.
     """
 
     def __init__(self, network: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int) -> None:
@@ -75,16 +84,25 @@ class Stage:
         self._batches = network.batches(height, width)
         first, last = cover(capacity, self._batches)[-1]
         self.slots = first + last
-        if first and any(start * self.picture % ALIGNED for start, _ in cover(capacity, self._batches)):
+        given = {name: math.prod(shape) * np.dtype(np.float32).itemsize for name, shape in network.given(height, width).items()}
+        starts = [start for start, _ in cover(capacity, self._batches)]
+        if any(start * size % ALIGNED for start in starts for size in (self.picture, *given.values())):
             raise BackendError(
                 f"{capacity} pictures of {height}×{width} do not fit one engine of {network.backend}, and cannot be split between calls, "
                 f"which begin at multiples of {ALIGNED} bytes: use a batch of {max(self._batches)}, or build a larger engine"
             )
-        part = -(-self.slots * self.picture // ALIGNED) * ALIGNED
         self.stream = Stream()
-        self._memory = Memory(self.gpu, 4 * part + self.slots * ALIGNED, f"a batch of {self.slots} pictures of {width}×{height}")
+        alone = {"x": self.picture, **given} if given else {}
+        sizes = [*[self.picture] * 4, ALIGNED, *given.values()]
+        self._memory, addresses = _taken(
+            self.gpu, [*(self.slots * size for size in sizes), *alone.values()], f"a batch of {self.slots} pictures of {width}×{height}"
+        )
         self.stream.clear(self._memory.address, self._memory.size)
-        self.x, self.y, self.net, self.x0, self._levels = (self._memory.address + i * part for i in range(5))
+        self.x, self.y, self.net, self.x0, self._levels = addresses[:5]
+        self._given = {name: (address, size) for (name, size), address in zip(given.items(), addresses[5:], strict=False)}
+        self._alone = dict(zip(alone, addresses[len(sizes) :], strict=True))  # for one picture, aligned as no slot need be
+        self.own = [*((one, self.picture) for one in (self.x, self.y, self.x0)), *self._given.values()]
+        self._once = network.once(height, width, self.stream) if given else None
         self._enqueuers: dict[int, Enqueue] = {}
 
     def cover(self, count: int) -> list[tuple[int, int]]:
@@ -95,13 +113,23 @@ class Stage:
         """Address of the levels of the call whose first slot that is."""
         return self._levels + first * ALIGNED
 
+    def know(self, slot: int) -> None:
+        """Enqueue what is computed of a slot's x alone, which steps are given: to be done when its x is new."""
+        if self._once is None:
+            return
+        self.stream.move(self._alone["x"], self.x + slot * self.picture, self.picture)
+        self._once(self._alone)
+        for name, (address, size) in self._given.items():
+            self.stream.move(address + slot * size, self._alone[name], size)
+
     def predict(self, calls: Iterable[tuple[int, int]]) -> None:
         """Enqueue calls of the network."""
         for first, batch in calls:
             if batch not in self._enqueuers:
                 self._enqueuers[batch] = self._network.enqueuer(batch, *self.shape[1:], self.stream)
-            at = first * self.picture
-            self._enqueuers[batch](self.x + at, self.y + at, self.level(first), self.net + at)
+            pictures = {"x": self.x, "y": self.y, "out": self.net}
+            addresses = {name: address + first * self.picture for name, address in pictures.items()} | {"level": self.level(first)}
+            self._enqueuers[batch](addresses | {name: address + first * size for name, (address, size) in self._given.items()})
 
     def step(self, calls: Iterable[tuple[int, int]], states: int) -> None:
         """Enqueue one step of every busy slot of `states`, an address. Others in the calls are idle, and keep what they hold."""
@@ -120,54 +148,11 @@ class Stage:
         return -(-self.shape[1] * self.shape[2] // THREADS)
 
 
-class OnDevice:
-    """What every `DeviceNetwork` of ours has: its place and its loop."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu, self.device = gpu, f"cuda:{gpu.index}"
-
-    def bind(self: DeviceNetwork, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
-        """As `Network.bind`."""
-        return bind(self, x, y, level, out)
-
-    def engine(self: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int) -> DeviceEngine:
-        """As `sr3rt.engine.engine_of`."""
-        return DeviceEngine(self, capacity=capacity, channels=channels, height=height, width=width)
-
-    def memory(self: DeviceNetwork, count: int, height: int, width: int) -> int:
-        """As `Planned.memory`: none of the host's; what the GPU lacks is told when it is taken. Raises as `batches`."""
-        self.batches(height, width)
-        return 0
-
-
-def no_gpu(backend: str, device: str) -> str | None:
-    """Why the device that was asked for is none of that backend's, or None."""
-    if re.fullmatch(r"auto|cuda(:\d+)?", device):
-        return None
-    return f"the {backend} backend runs on a GPU, device {device!r} was asked for: use auto, cuda, or cuda:1 for the second one"
-
-
-def gpu_index(device: str) -> int:
-    """Of the GPU that was asked for."""
-    return int(device.partition(":")[2] or 0)
-
-
-def bind(network: DeviceNetwork, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
-    """`Network.bind` for a network on a GPU: everything is copied there and back in each call."""
-    stage = Stage(network, capacity=len(x), channels=x.shape[1], height=x.shape[2], width=x.shape[3])
-    calls, stream = stage.cover(len(x)), stage.stream
-
-    def run() -> None:
-        stage.gpu.use()
-        stream.to_device(stage.x, x)
-        stream.to_device(stage.y, y)
-        for first, batch in calls:
-            stream.to_device(stage.level(first), level[first : first + batch])
-        stage.predict(calls)
-        stream.to_host(out, stage.net)
-        stream.wait("in the network")
-
-    return run
+def _taken(gpu: Gpu, sizes: Sequence[int], purpose: str) -> tuple[Memory, list[int]]:
+    """Memory for so many bytes each, and where each begins, aligned."""
+    *starts, size = accumulate((-(-size // ALIGNED) * ALIGNED for size in sizes), initial=0)
+    memory = Memory(gpu, size, purpose)
+    return memory, [memory.address + start for start in starts]
 
 
 class DeviceEngine:
@@ -229,6 +214,7 @@ class DeviceEngine:
         stream.to_device(self._states.address + n * SLOT.itemsize, self._states_staged.array[n : n + 1])
         self._sent[n].record(stream)
         stream.clear(stage.x0 + n * stage.picture, stage.picture)
+        stage.know(n)
         self._gpu.launch("sr3_start", (stage.blocks, 1), THREADS, (stage.y, self._states.address, n, *shape), stream)
         self._slots.append(Slot(job))
 
@@ -243,8 +229,7 @@ class DeviceEngine:
         self._gpu.use()
         last, stage, stream = len(self._slots) - 1, self._stage, self._stream
         if n != last:
-            pictures = [(base, stage.picture) for base in (stage.x, stage.y, stage.x0)]
-            for base, size in (*pictures, (self._states.address, SLOT.itemsize)):
+            for base, size in (*stage.own, (self._states.address, SLOT.itemsize)):
                 stream.move(base + n * size, base + last * size, size)
             self._slots[n] = self._slots[last]
         stream.clear(self._states.address + last * SLOT.itemsize, SLOT.itemsize)

@@ -5,18 +5,20 @@ stream of the loop of backends/device.py, and are captured with the step. That o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from sr3rt.backends import Floats, Request, cuda, device
+from sr3rt.backends import Floats, Request, cuda
 from sr3rt.backends.cuda import Gpu, Stream
-from sr3rt.backends.device import BATCHES, Enqueue, OnDevice
-from sr3rt.bundle import HALF, NETWORK, ONCE, STEP, WEIGHTS, WEIGHTS_BEFORE, Bundle
+from sr3rt.backends.device import Enqueue
+from sr3rt.backends.on_device import AnySize, Shapes, gpu_index
+from sr3rt.bundle import NETWORK, ONCE, STEP, WEIGHTS, WEIGHTS_BEFORE, Bundle
 from sr3rt.errors import BackendError, MissingExtra
+from sr3rt.program import Register, given_registers
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,8 +35,8 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
     """Why this backend cannot do what is asked with that bundle, or None when it can."""
     if request.precision not in ("auto", "fp32", "fp16"):
         return f"the onnxruntime backend has fp32 and fp16, precision {request.precision!r} was asked for: use auto or fp32"
-    if _graph(request)[0] not in bundle.manifest.files:
-        return f"{bundle.path} has no network in {_graph(request)[1]}: make it with  python export/to_trt.py {bundle.path}"
+    if not bundle.manifest.graphs(_precision(request)):
+        return f"{bundle.path} has no network in {_precision(request)}: make it with  python export/to_trt.py {bundle.path}"
     return None if request.device in ("auto", "cpu") else why_not_on_gpu()
 
 
@@ -50,13 +52,13 @@ def why_not_on_gpu() -> str | None:
     return cuda.why_not()
 
 
-def _graph(request: Request) -> tuple[str, str]:
-    """The file to run and its precision."""
-    return (HALF, "fp16") if request.precision == "fp16" else (NETWORK, "fp32")
+def _precision(request: Request) -> str:
+    """What is asked for."""
+    return "fp16" if request.precision == "fp16" else "fp32"
 
 
 def load(bundle: Bundle, request: Request, *, hoisted: bool = True) -> OrtNetwork | OrtOnGpu:
-    """hoisted: on the CPU, whether what depends on x alone is computed once for each x, where the bundle has it apart.
+    """hoisted: whether what depends on x alone is computed once for each x, where the bundle has it apart.
 
     Raises MissingExtra, BackendError (precision or device that it does not have) or BundleCorrupt.
     """
@@ -64,16 +66,16 @@ def load(bundle: Bundle, request: Request, *, hoisted: bool = True) -> OrtNetwor
         raise MissingExtra("the onnxruntime backend", "onnxruntime", "cpu")
     if reason := refusal(bundle, request):
         raise BackendError(reason)
-    name, precision = _graph(request)
+    precision, channels = _precision(request), bundle.manifest.channels
+    graphs = bundle.manifest.graphs(precision, hoisted=hoisted)
     if request.device in ("auto", "cpu"):
-        parts = (STEP, ONCE) if hoisted and name == NETWORK and ONCE in bundle.manifest.files else (name,)
-        return OrtNetwork(lambda: [_session(bundle, part, [CPU], threads=request.thread_count) for part in parts], precision=precision)
-    gpu = Gpu(device.gpu_index(request.device))
+        return OrtNetwork(lambda: [_session(bundle, graph, [CPU], threads=request.thread_count) for graph in graphs], precision=precision)
+    gpu = Gpu(gpu_index(request.device))
 
-    def on(stream: Stream) -> onnxruntime.InferenceSession:
-        return _session(bundle, name, [_on_stream(gpu, stream), CPU], threads=1)
+    def on(stream: Stream) -> list[onnxruntime.InferenceSession]:
+        return [_session(bundle, graph, [_on_stream(gpu, stream), CPU], threads=1) for graph in graphs]
 
-    return OrtOnGpu(on, gpu, channels=bundle.manifest.channels, precision=precision)
+    return OrtOnGpu(on, gpu, channels=channels, given=given_registers(bundle) if len(graphs) > 1 else {}, precision=precision)
 
 
 def _on_stream(gpu: Gpu, stream: Stream) -> tuple[str, dict[str, str]]:
@@ -90,7 +92,7 @@ def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads would take the loop's processors
-    beside = {WEIGHTS, WEIGHTS_BEFORE}.intersection(bundle.manifest.files if name != HALF else ())
+    beside = {WEIGHTS, WEIGHTS_BEFORE}.intersection(bundle.manifest.files if name in (NETWORK, ONCE, STEP) else ())
     weights = {file: bundle.read(file) for file in beside}
     options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], [*map(len, weights.values())])
     model = bundle.read(name)
@@ -194,41 +196,50 @@ def _bound(session: onnxruntime.InferenceSession, **inputs: Floats) -> onnxrunti
     return binding
 
 
-class OrtOnGpu(OnDevice):
-    """A `Network` over sessions on a GPU, one for each stream, as a session has its own. Safe to use from several threads.
+class OrtOnGpu(AnySize):
+    """A `Network` over sessions on a GPU, some for each stream, as a session has its own. Safe to use from several threads.
 
-    on: makes a session whose calls go to that stream.
+    on: makes them, with calls that go to that stream: one, or two as of `OrtNetwork`. given: what the second computes of x.
     """
 
     backend = "onnxruntime"
 
-    def __init__(self, on: Callable[[Stream], onnxruntime.InferenceSession], gpu: Gpu, *, channels: int, precision: str = "fp32") -> None:
-        super().__init__(gpu)
-        self._on, self._channels, self.precision = on, channels, precision
-        self._sessions = WeakKeyDictionary[Stream, "onnxruntime.InferenceSession"]()
+    def __init__(
+        self,
+        on: Callable[[Stream], Sequence[onnxruntime.InferenceSession]],
+        gpu: Gpu,
+        *,
+        channels: int,
+        given: Mapping[str, Register],
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__(gpu, channels=channels, given=given)
+        self._on, self.precision = on, precision
+        self._sessions = WeakKeyDictionary[Stream, "Sequence[onnxruntime.InferenceSession]"]()
 
-    def batches(self, height: int, width: int) -> tuple[int, ...]:
-        """As `DeviceNetwork.batches`: a session takes any, and a few make few graphs."""
-        return BATCHES
-
-    def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
-        """As `DeviceNetwork.enqueuer`. A session's first call chooses algorithms and takes its memory; none later takes more."""
+    def _on_stream(self, stream: Stream) -> Sequence[onnxruntime.InferenceSession]:
         if stream not in self._sessions:
             self._sessions[stream] = self._on(stream)
-        session, picture = self._sessions[stream], (batch, self._channels, height, width)
-        run, bindings = _enqueuer(session, stream), dict[tuple[int, ...], Any]()
+        return self._sessions[stream]
 
-        def enqueue(x: int, y: int, level: int, out: int) -> None:
-            addresses = x, y, level, out
-            if addresses not in bindings:
-                bindings[addresses] = binding = session.io_binding()
-                for name, shape, address in (("x", picture, x), ("y", picture, y), ("level", (batch, 1), level)):
-                    binding.bind_input(name, *self._place(), np.float32, shape, address)
-                binding.bind_output("out", *self._place(), np.float32, picture, out)
+    def _enqueuer(self, part: str, inputs: Shapes, outputs: Shapes, batch: int, stream: Stream) -> Enqueue:
+        """As `AnySize`'s. A session's first call chooses algorithms and takes its memory; none later takes more."""
+        session = self._on_stream(stream)[part == "once"]
+        run, bindings, names = _enqueuer(session, stream), dict[tuple[int, ...], Any](), (*inputs, *outputs)
+
+        def enqueue(addresses: Mapping[str, int]) -> None:
+            places = tuple(addresses[name] for name in names)
+            if places not in bindings:
+                bindings[places] = binding = session.io_binding()
+                for name, shape in inputs.items():
+                    binding.bind_input(name, *self._place(), np.float32, (batch, *shape), addresses[name])
+                for name, shape in outputs.items():
+                    binding.bind_output(name, *self._place(), np.float32, (batch, *shape), addresses[name])
             try:
-                run(bindings[addresses])
+                run(bindings[places])
             except Exception as error:  # onnxruntime's own exceptions have no common base
-                raise BackendError(f"onnxruntime failed on {'×'.join(map(str, picture))} on {self.gpu.name}: {error}") from error
+                size = "×".join(map(str, (batch, *inputs["x"])))
+                raise BackendError(f"onnxruntime failed on {size} on {self.gpu.name}: {error}") from error
 
         return enqueue
 

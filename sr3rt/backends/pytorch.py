@@ -9,7 +9,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from sr3rt.backends import Request, cuda, device
+from sr3rt.backends import Request, cuda
+from sr3rt.backends.on_device import no_gpu
 from sr3rt.bundle import PROGRAM, Bundle
 from sr3rt.errors import BackendError, MissingExtra
 
@@ -30,7 +31,7 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
     """Why this backend cannot do what is asked with that bundle, or None when it can."""
     if request.precision not in ("auto", *PRECISIONS):
         return f"the torch backend has fp32, fp16 and bf16, precision {request.precision!r} was asked for: use auto (fp32) or one of them"
-    if reason := device.no_gpu("torch", request.device):
+    if reason := no_gpu("torch", request.device):
         return reason
     if PROGRAM not in bundle.manifest.files:
         return f"{bundle.path} has no {PROGRAM}, which the torch backend runs: export it again"

@@ -8,20 +8,23 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from sr3rt.backends import Request, cuda, device
+from sr3rt.backends import Request, cuda
 from sr3rt.backends.cuda import Gpu, Stream
-from sr3rt.backends.device import Enqueue, OnDevice
-from sr3rt.bundle import GOLDEN, HALF, NETWORK, Bundle
+from sr3rt.backends.device import Enqueue
+from sr3rt.backends.on_device import OnDevice, gpu_index, no_gpu
+from sr3rt.bundle import GOLDEN, GRAPHS, Bundle
 from sr3rt.engines import EngineKey
 from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, ImageError, MissingExtra
 from sr3rt.golden import check
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
-PRECISIONS = {"fp16": HALF, "fp32": NETWORK}  # the one "auto" takes first, and the graph that its engines are of
+PRECISIONS = ("fp16", "fp32")  # "auto" takes the first that there is
+Size = tuple[int, int]  # height, width
 
 
 def flavour() -> str:
@@ -76,7 +79,7 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
     if not bundle.manifest.engines:
         return _absent(bundle, request)
     try:
-        _fitting(bundle, request, Gpu(device.gpu_index(request.device)))
+        _fitting(bundle, request, Gpu(gpu_index(request.device)))
     except (BackendError, EngineRefused) as error:
         return str(error)
     return None
@@ -86,7 +89,7 @@ def _unknown(request: Request) -> str | None:
     """Why no bundle could do what is asked, or None."""
     if request.precision not in ("auto", *PRECISIONS):
         return f"the tensorrt backend has fp16 and fp32, precision {request.precision!r} was asked for: use auto, fp16 or fp32"
-    return device.no_gpu("tensorrt", request.device)
+    return no_gpu("tensorrt", request.device)
 
 
 def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
@@ -94,24 +97,33 @@ def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
     reason = why_not() or _unknown(request)
     if reason:
         raise BackendError(reason)
-    gpu = Gpu(device.gpu_index(request.device))
+    gpu = Gpu(gpu_index(request.device))
     keys = _fitting(bundle, request, gpu)
-    network = TensorRTNetwork(gpu, {(key.height, key.width, key.batch): _deserialised(bundle, key, gpu) for key in keys}, keys[0].precision)
-    _compare(bundle, network, keys)
+    engines, once = dict[Size, dict[int, Any]](), dict[Size, Any]()
+    for key in keys:
+        size, engine = (key.height, key.width), _deserialised(bundle, key, gpu)
+        if key.part == "once":
+            once[size] = engine
+        else:
+            engines.setdefault(size, {})[key.batch] = engine
+    network = TensorRTNetwork(gpu, engines, once, keys[0].precision)
+    _compare(bundle, network, [key for key in keys if key.part != "once"])
     return network
 
 
 def _fitting(bundle: Bundle, request: Request, gpu: Gpu) -> list[EngineKey]:
-    """The engines of one precision that may run here, one for each shape. Raises BackendError, EngineRefused (why the first may not)."""
+    """The engines of one precision that may run here: one for each shape, of the whole network or of what is left for each step; with
+    these, one for each size, of the rest. Raises BackendError, EngineRefused (why the first may not).
+    """
     trt, name = module()[0], flavour()
     refused: EngineRefused | None = None
     for precision in PRECISIONS if request.precision == "auto" else (request.precision,):
-        found: dict[tuple[int, int, int], EngineKey] = {}
+        found: dict[tuple[str, Size, int], EngineKey] = {}
         for content in bundle.manifest.engines.values():
             key = EngineKey.of(content)
             if key.precision != precision:
                 continue
-            digest = bundle.manifest.files.get(PRECISIONS[precision], {}).get("sha256", "none")
+            digest = bundle.manifest.files.get(GRAPHS.get((precision, key.part), ""), {}).get("sha256", "none")
             capability = ".".join(map(str, gpu.capability))
             here = replace(key, onnx_sha256=digest, flavour=name, version=str(trt.__version__), capability=capability, driver=gpu.driver)
             try:
@@ -119,12 +131,18 @@ def _fitting(bundle: Bundle, request: Request, gpu: Gpu) -> list[EngineKey]:
             except EngineRefused as error:
                 refused = refused or error
                 continue
-            found[key.height, key.width, key.batch] = key
-        if found:
-            return list(found.values())
+            found[key.part, (key.height, key.width), key.batch] = key
+        if fitting := [key for (part, size, batch), key in found.items() if _completed(part, size, batch, found)]:
+            return fitting
     if refused:
         raise refused
     raise BackendError(_absent(bundle, request))
+
+
+def _completed(part: str, size: Size, batch: int, found: Container[tuple[str, Size, int]]) -> bool:
+    """Whether an engine has what it needs beside it, and nothing does its work better."""
+    apart = ("once", size, 1) in found
+    return {"once": batch == 1, "step": apart, "whole": not (apart and ("step", size, batch) in found)}[part]
 
 
 def _absent(bundle: Bundle, request: Request) -> str:
@@ -154,33 +172,48 @@ def _compare(bundle: Bundle, network: TensorRTNetwork, keys: list[EngineKey]) ->
 
 
 class TensorRTNetwork(OnDevice):
-    """A `Network` on a GPU, over one engine for each shape (height, width, batch). Safe to use from several threads."""
+    """A `Network` on a GPU, over one engine for each size and batch. Safe to use from several threads.
+
+    once: engines for one picture, from x to what those of a step take of it.
+    """
 
     backend = "tensorrt"
 
-    def __init__(self, gpu: Gpu, engines: dict[tuple[int, int, int], Any], precision: str) -> None:
+    def __init__(self, gpu: Gpu, engines: Mapping[Size, Mapping[int, Any]], once: Mapping[Size, Any], precision: str) -> None:
         super().__init__(gpu)
-        self._engines, self.precision = engines, precision
+        self._engines, self._once, self.precision = engines, once, precision
 
     def batches(self, height: int, width: int) -> tuple[int, ...]:
         """As `DeviceNetwork.batches`. Raises ImageError for a size that was not built."""
-        found = sorted(batch for *sides, batch in self._engines if sides == [height, width])
-        if not found:
-            there = ", ".join(sorted({f"{h}x{w}" for h, w, _ in self._engines}))
+        if (height, width) not in self._engines:
+            there = ", ".join(sorted(f"{h}x{w}" for h, w in self._engines))
             raise ImageError(
                 f"there is no {self.precision} engine for a result of {height}x{width} (height x width, padded), only for {there}: build "
                 f"one with  python export/to_trt.py BUNDLE --size {height}x{width}  or use device='cpu'"
             )
-        return tuple(found)
+        return tuple(sorted(self._engines[height, width]))
 
     def sizes(self) -> list[tuple[int, int]]:
         """As `Sized.sizes`."""
-        return sorted({(height, width) for height, width, _ in self._engines})
+        return sorted(self._engines)
+
+    def given(self, height: int, width: int) -> Mapping[str, tuple[int, int, int]]:
+        """As `DeviceNetwork.given`."""
+        engine = self._once.get((height, width))
+        shapes = {} if engine is None else {name: tuple(engine.get_tensor_shape(name)) for name in _names(engine) if name != "x"}
+        return {name: (channels, rows, columns) for name, (_, channels, rows, columns) in shapes.items()}
+
+    def once(self, height: int, width: int, stream: Stream) -> Enqueue:
+        """As `DeviceNetwork.once`."""
+        return self._enqueuer(self._once[height, width], f"1×{height}×{width} (batch, height, width)", stream)
 
     def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
-        """As `DeviceNetwork.enqueuer`: an execution context, whose scratch memory TensorRT takes."""
-        log, engine = module()[2], self._engines[height, width, batch]
-        size = f"{batch}×{height}×{width} (batch, height, width)"
+        """As `DeviceNetwork.enqueuer`."""
+        return self._enqueuer(self._engines[height, width][batch], f"{batch}×{height}×{width} (batch, height, width)", stream)
+
+    def _enqueuer(self, engine: Any, size: str, stream: Stream) -> Enqueue:
+        """Calls of an execution context, whose scratch memory TensorRT takes."""
+        log = module()[2]
         log.lines.clear()
         context = engine.create_execution_context()
         if context is None:
@@ -189,17 +222,18 @@ class TensorRTNetwork(OnDevice):
                 f"TensorRT cannot make a context for {size} on {self.gpu.name}, {free:.1f} of {total:.1f} GiB are free: {log.taken()}. "
                 "Use a smaller batch, or end what else runs there"
             )
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        for name in names:
-            dims = tuple(engine.get_tensor_shape(name))
-            if name != "out" and not context.set_input_shape(name, (batch, *dims[1:2], height, width)[: len(dims)]):
-                raise BackendError(f"TensorRT does not take {size} as the shape of {name}: {log.taken()}")
+        names = _names(engine)
 
-        def enqueue(x: int, y: int, level: int, out: int) -> None:
-            for name, address in (("x", x), ("y", y), ("level", level), ("out", out)):
-                if name in names and not context.set_tensor_address(name, address):
+        def enqueue(addresses: Mapping[str, int]) -> None:
+            for name in names:
+                if not context.set_tensor_address(name, addresses[name]):
                     raise BackendError(f"TensorRT does not take the memory for {name} of {size}: {log.taken()}")
             if not context.execute_async_v3(stream.handle):
                 raise BackendError(f"TensorRT cannot run {size}: {log.taken()}")
 
         return enqueue
+
+
+def _names(engine: Any) -> list[str]:
+    """Of its inputs and outputs."""
+    return [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]

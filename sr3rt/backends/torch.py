@@ -7,7 +7,7 @@ The only file of the package proper that imports torch; the backend that others 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,25 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sr3rt.backends import Floats, Request, cuda, device
+from sr3rt.backends import Floats, Request, cuda
 from sr3rt.backends.cuda import Gpu, Stream
-from sr3rt.backends.device import BATCHES, Enqueue, OnDevice
+from sr3rt.backends.device import Enqueue
+from sr3rt.backends.on_device import AnySize, Shapes, gpu_index
 from sr3rt.bundle import Bundle
 from sr3rt.errors import BackendError
-from sr3rt.program import GAIN, LIFT, Program, Tensors, check, opened
+from sr3rt.program import GAIN, LIFT, Program, Register, Tensors, check, opened, parts, registers, registers_read
 
 _FLAGS = threading.Lock()  # PyTorch's flags are the process's
 
-Module = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`module(x, y, level)` is the prediction, float32 all: a `TorchProgram`, a network of export/nets, or either compiled."""
+Module = Callable[..., Tensor]
+"""`module(x, y, level)` is the prediction, float32 all: a `TorchProgram`, a network of export/nets, or either compiled. It may take more,
+which is computed of x alone.
+"""
 
 Registers = dict[str, Tensor]
 Operation = Callable[[Registers, "_Level"], Tensor]
+Step = tuple[str, Operation, set[str]]
+"""The register that is written, how, and those that are not needed after it."""
 
 
 class TorchProgram:
     """`program(x, y, level)` is the prediction. Immutable, and safe to use from several threads.
 
+    So is `program(x, y, level, *program.once(x))`, with less to compute at every step. given: the registers that `once` gives.
     dtype: of convolutions and of what they give; of everything else too if that is float64, float32 otherwise: the level, norms, softmax
     and the wavelet's arithmetic, which float16 cannot hold.
     """
@@ -46,20 +52,23 @@ class TorchProgram:
         self.dtype, self.wide, self.device = dtype, torch.float64 if dtype == torch.float64 else torch.float32, device
         self._tensors = tensors
         self._level = self._embedding(**program["level"])
-        self._operations = [
-            (one["to"], self._operation(**one), done)
-            for one, done in zip(program["operations"], _last_uses(program["operations"]), strict=True)
-        ]
+        made = [(one, self._operation(**one)) for one in program["operations"]]
+        apart = parts(program["operations"])
+        self.given = tuple(apart.given) if apart else ()
+        self._all = _ordered(made, {"out"})
+        self._step = _ordered([one for one in made if one[0] in apart.step], {"out"}) if apart else self._all
+        self._once = _ordered([one for one in made if one[0] in apart.once], {*self.given}) if apart else []
         del self._tensors
 
-    def __call__(self, x: Tensor, y: Tensor, level: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, level: Tensor, *given: Tensor) -> Tensor:
         """x, y: (N, C, H, W); level: (N, 1); the result, too, is of the wide type."""
-        registers, known = {"x": x, "y": y}, self._level(level)
-        for to, operation, done in self._operations:
-            registers[to] = operation(registers, known)
-            for name in done:
-                del registers[name]
-        return registers["out"].to(self.wide)
+        registers = {"x": x, "y": y} | {name: value.to(self.dtype) for name, value in zip(self.given, given, strict=False)}
+        return _carried_out(self._step if given else self._all, registers, self._level(level))["out"].to(self.wide)
+
+    def once(self, x: Tensor) -> list[Tensor]:
+        """What `given` names, of the wide type; x: (N, C, H, W)."""
+        registers = _carried_out(self._once, {"x": x}, None)
+        return [registers[name].to(self.wide) for name in self.given]
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.array(self._tensors[name])).to(self.device, dtype)
@@ -198,14 +207,23 @@ class _Level:
         return _wide(self.gamma * detail**2 + self.noise)
 
 
-def _last_uses(operations: list[dict[str, Any]]) -> list[set[str]]:
-    """For each operation, the registers that no later one reads."""
-    uses, later = list[set[str]](), {"out"}
-    for one in reversed(operations):
-        read = {*one["from"], one["to"], *({one["add"]} if one.get("add") else ())}
-        uses.append(read - later)
-        later |= read
-    return uses[::-1]
+def _ordered(operations: Sequence[tuple[Program, Operation]], kept: Iterable[str]) -> list[Step]:
+    """Those operations, with the registers that no later one reads and that are not to be kept."""
+    steps, later = list[Step](), {*kept}
+    for described, operation in reversed(operations):
+        used = {*registers_read(described), described["to"]}
+        steps.append((described["to"], operation, used - later))
+        later |= used
+    return steps[::-1]
+
+
+def _carried_out(steps: Iterable[Step], registers: Registers, known: _Level | None) -> Registers:
+    """The registers that are left."""
+    for to, operation, done in steps:
+        registers[to] = operation(registers, known)  # type: ignore[arg-type]
+        for name in done:
+            del registers[name]
+    return registers
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -275,49 +293,66 @@ def on_gpu(bundle: Bundle, request: Request) -> TorchOnGpu:
             f"PyTorch {torch.__version__} does not find the GPU that CUDA finds: install one that was built for CUDA "
             f"{cuda.runtime_version()}, see https://pytorch.org/get-started"
         )
-    gpu = Gpu(device.gpu_index(request.device))
+    gpu = Gpu(gpu_index(request.device))
     precision = "fp32" if request.precision == "auto" else request.precision
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     with opened(bundle) as (program, tensors):
         try:
             module = TorchProgram(program, tensors, dtype=kind, device=f"cuda:{gpu.index}")
+            found = registers(program["operations"], tensors, bundle.manifest.channels)
             torch.cuda.synchronize(gpu.index)  # the loop's stream does not wait for the one that the weights went by
         except torch.OutOfMemoryError as error:
             raise BackendError(f"the weights of {bundle.path} do not fit {gpu.name}: {error}") from error
-    return TorchOnGpu(module, gpu, channels=bundle.manifest.channels, precision=precision)
+    given = {name: found[name] for name in module.given}
+    return TorchOnGpu(module, gpu, channels=bundle.manifest.channels, precision=precision, once=module.once, given=given)
 
 
-class TorchOnGpu(OnDevice):
-    """A `Network` over a module on a GPU. Safe to use from several threads. precision: what is reported as the module's."""
+class TorchOnGpu(AnySize):
+    """A `Network` over a module on a GPU. Safe to use from several threads. precision: what is reported as the module's.
+
+    once: of x alone, what the module takes after x, y and level; given: what that is, in this order.
+    """
 
     backend = "torch"
 
-    def __init__(self, module: Module, gpu: Gpu, *, channels: int, precision: str = "fp32") -> None:
-        super().__init__(gpu)
-        self._module, self._channels, self.precision = module, channels, precision
+    def __init__(
+        self,
+        module: Module,
+        gpu: Gpu,
+        *,
+        channels: int,
+        precision: str = "fp32",
+        once: Callable[[Tensor], Sequence[Tensor]] = lambda x: (),
+        given: Mapping[str, Register] | None = None,
+    ) -> None:
+        super().__init__(gpu, channels=channels, given=given or {})
+        self._module, self.precision, self._once = module, precision, once
 
     def compiled(self) -> TorchOnGpu:
         """The same by `torch.compile`, whose first call of every batch and size takes a minute. Its kernels are captured like others."""
         module = torch.compile(self._module, mode="max-autotune-no-cudagraphs", dynamic=False)
-        return TorchOnGpu(module, self.gpu, channels=self._channels, precision=self.precision)
+        return TorchOnGpu(module, self.gpu, channels=self._channels, precision=self.precision, once=self._once, given=self._given)
 
-    def batches(self, height: int, width: int) -> tuple[int, ...]:
-        """As `DeviceNetwork.batches`: a module takes any, and a few make few graphs."""
-        return BATCHES
+    def _enqueuer(self, part: str, inputs: Shapes, outputs: Shapes, batch: int, stream: Stream) -> Enqueue:
+        """As `AnySize`'s. What a call needs besides comes from a pool of its own, which a captured graph goes on using."""
+        run, tensors, shapes = _enqueuer(self.gpu, stream), dict[int, Tensor](), {**inputs, **outputs}
 
-    def enqueuer(self, batch: int, height: int, width: int, stream: Stream) -> Enqueue:
-        """As `DeviceNetwork.enqueuer`. What a call needs besides comes from a pool of its own, which a captured graph goes on using."""
-        picture, tensors = (batch, self._channels, height, width), dict[int, torch.Tensor]()
-        run = _enqueuer(self.gpu, stream)
+        def enqueue(addresses: Mapping[str, int]) -> None:
+            for name, shape in shapes.items():
+                if addresses[name] not in tensors:
+                    tensors[addresses[name]] = _tensor(addresses[name], (batch, *shape), self.gpu)
 
-        def enqueue(x: int, y: int, level: int, out: int) -> None:
-            for address, shape in ((x, picture), (y, picture), (level, (batch, 1)), (out, picture)):
-                if address not in tensors:
-                    tensors[address] = _tensor(address, shape, self.gpu)
+            def calls() -> None:
+                values = [tensors[addresses[name]] for name in inputs]
+                made = self._once(*values) if part == "once" else [self._module(*values)]
+                for name, value in zip(outputs, made, strict=True):
+                    tensors[addresses[name]].copy_(value)
+
             try:
-                run(lambda: tensors[out].copy_(self._module(tensors[x], tensors[y], tensors[level])))
+                run(calls)
             except torch.OutOfMemoryError as error:
-                raise BackendError(f"the torch backend has not the memory for {'×'.join(map(str, picture))}: {error}") from error
+                size = "×".join(map(str, (batch, *inputs["x"])))
+                raise BackendError(f"the torch backend has not the memory for {size}: {error}") from error
 
         return enqueue
 

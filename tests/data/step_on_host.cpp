@@ -47,6 +47,7 @@ extern "C" bool launch(const char* name, unsigned columns, unsigned rows, unsign
                         (wanted == "sr3_start" && call(sr3::sr3_start, parameters)) ||
                         (wanted == "sr3_step" && call(sr3::sr3_step, parameters)) ||
                         (wanted == "sr3_next" && call(sr3::sr3_next, parameters)) ||
-                        (wanted == "arithmetic" && call(arithmetic, parameters));
+                        (wanted == "arithmetic" && call(arithmetic, parameters)) || (wanted == "known" && call(known, parameters)) ||
+                        (wanted == "rest" && call(rest, parameters));
     return found;
 }
