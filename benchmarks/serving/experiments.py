@@ -15,7 +15,9 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,36 +143,46 @@ def _growth(memory: list[tuple[float, int]]) -> float:
     return statistics.median(slopes) * (half[-1][0] - half[0][0])
 
 
-def batching(*, seconds: float = 30, shares: tuple[float, ...] = (0.4, 0.6, 0.8, 0.95), side: int = 16) -> list[dict[str, Any]]:
-    """Step-level, whole-request and no batching under the same arrivals, of mixed steps: throughput and latency."""
+def batching(
+    *, seconds: float = 30, visits: int = 5, shares: tuple[float, ...] = (0.4, 0.6, 0.8, 0.95), side: int = 16
+) -> list[dict[str, Any]]:
+    """Step-level, whole-request and no batching under the same arrivals, of mixed steps: throughput and latency.
+
+    Machines drift, so all three servers are there at once and take their turns, in another order at each visit.
+    """
     modes = {
         "step by step": Configuration(slots=4, max_requests=512),
         "whole requests": Configuration(slots=4, joins="batch", max_requests=512),
         "one at a time": Configuration(slots=1, joins="batch", max_requests=512),
     }
+    order, each = random.Random(4), seconds / visits
 
-    def maker() -> Callable[[], Ask]:
-        pick, count = random.Random(3), itertools.count()
+    def maker(visit: int) -> Callable[[], Ask]:
+        pick, count = random.Random(visit), itertools.count()
         return lambda: Ask(load.pixels(side, side, 0), {"steps": pick.choice((4, 8, 16, 50)), "seed": next(count)})
 
+    def in_turns(visit: int, drive: Callable[[str, Callable[[], Ask]], Coroutine[Any, Any, list[Answer]]]) -> dict[str, list[Answer]]:
+        return {name: asyncio.run(drive(servers[name].url, maker(visit))) for name in order.sample([*modes], len(modes))}
+
+    with ExitStack() as running:
+        servers = {name: running.enter_context(serving(configuration)) for name, configuration in modes.items()}
+        rates: dict[str, list[float]] = {name: [] for name in modes}
+        in_turns(0, partial(load.closed, clients=2, seconds=3))
+        for visit in range(visits):
+            for name, answers in in_turns(visit, partial(load.closed, clients=8, seconds=each)).items():
+                rates[name].append(_rate(answers))
+        capacity = statistics.median(rates["step by step"])  # one for all, so that all get the same arrivals
+        taken: dict[tuple[str, float], list[Answer]] = {(name, share): [] for name in modes for share in shares}
+        for share, visit in itertools.product(shares, range(visits)):
+            arrivals = partial(load.poisson, rate=share * capacity, seconds=each, seed=int(100 * share) + 1000 * visit)
+            for name, answers in in_turns(visit, arrivals).items():
+                taken[name, share] += answers
     rows = []
-    capacity = 0.0
-    for name, configuration in modes.items():
-        with serving(configuration) as server:
-            asyncio.run(load.closed(server.url, maker(), clients=2, seconds=3))
-            saturated = _rate(asyncio.run(load.closed(server.url, maker(), clients=8, seconds=seconds)))
-            capacity = capacity or saturated  # the first mode's, so that all get the same arrivals
-            for share in shares:
-                answers = asyncio.run(load.poisson(server.url, maker(), rate=share * capacity, seconds=seconds, seed=int(100 * share)))
-                taken = [answer.seconds for answer in answers if answer.status == 200]
-                row = {
-                    "mode": name,
-                    "side": side,
-                    "saturated_per_s": saturated,
-                    "offered_per_s": share * capacity,
-                    "requests": len(answers),
-                }
-                rows.append({**row, "p50_s": percentile(taken, 50), "p90_s": percentile(taken, 90), "p99_s": percentile(taken, 99)})
+    for (name, share), answers in taken.items():
+        times = [answer.seconds for answer in answers if answer.status == 200]
+        row = {"mode": name, "side": side, "offered_per_s": share * capacity, "requests": len(answers)}
+        row |= {"saturated_per_s": statistics.median(rates[name]), "saturated_by_visit_per_s": rates[name]}
+        rows.append(row | {f"p{percent}_s": percentile(times, percent) for percent in (50, 90, 99)})
     return rows
 
 

@@ -62,7 +62,8 @@ def _where(environments: dict[str, dict[str, Any]]) -> str:
 def _batching(rows: list[dict[str, Any]]) -> list[str]:
     side = rows[0]["side"]
     lines = [
-        f"{side}×{side} → {4 * side}×{4 * side}, steps drawn from 4, 8, 16 and 50, the same Poisson arrivals for each way of batching:",
+        f"{side}×{side} → {4 * side}×{4 * side}, steps drawn from 4, 8, 16 and 50, the same Poisson arrivals for each way of batching, in "
+        "turns:",
         "",
         "| batching | saturated, pictures/s | offered, pictures/s | requests | p50 | p90 | p99 |",
         "|---|---|---|---|---|---|---|",
@@ -70,7 +71,15 @@ def _batching(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         times = " | ".join(f"{row[name]:.2f} s" for name in ("p50_s", "p90_s", "p99_s"))
         lines.append(f"| {row['mode']} | {row['saturated_per_s']:.2f} | {row['offered_per_s']:.2f} | {row['requests']} | {times} |")
+    lines += ["", f"Saturated, visit by visit: {_saturated(rows)}."]
     return [*lines, "", "Pictures a second at an equal p99, between these loads:", "", *(_at_equal_p99(rows, load) for load in (1, 2))]
+
+
+def _saturated(rows: list[dict[str, Any]]) -> str:
+    """How each way of batching stands to the first: median, least and most of the visits."""
+    first, *others = {row["mode"]: row["saturated_by_visit_per_s"] for row in rows}.items()
+    ratios = {name: np.divide(first[1], rates) for name, rates in others}
+    return "; ".join(f"{first[0]} ÷ {name} {np.median(one):.2f} ({one.min():.2f} to {one.max():.2f})" for name, one in ratios.items())
 
 
 def _at_equal_p99(rows: list[dict[str, Any]], load: int) -> str:
