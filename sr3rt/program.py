@@ -102,7 +102,7 @@ def parts(operations: Sequence[Program]) -> Parts | None:
     still = still_registers(operations)
     once = [one for one in operations if one["to"] in still]
     step = [one for one in operations if one["to"] not in still]
-    if not any(one["do"] == "convolution" for one in once):
+    if "out" in still or not any(one["do"] == "convolution" for one in once):
         return None
     return Parts(once, step, sorted({name for one in step for name in registers_read(one)} & still))
 

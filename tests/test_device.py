@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import cuda_on_host
 import numpy as np
@@ -246,6 +247,7 @@ def test_what_depends_on_x_alone_is_computed_once_for_each_picture() -> None:
     engine = on_gpu(network=network)
     run(engine, *jobs(4))
     assert network.known == 4
+    assert engine.seconds > 0
     job = Job(picture(), rows(5), seed=3, noise=lambda step: normals(SHAPE, seed=9, step=step))  # stepped on the host
     assert np.array_equal(run(engine, job)[0], run(on_host(), job)[0])
     assert network.known == 5
@@ -263,6 +265,28 @@ def test_a_bound_call_sees_that_x_is_another() -> None:
         if calls == 2:
             x[1, 2, 3, 4] += 1
         y += 1
+
+
+def test_a_bound_call_that_failed_computes_anew(gpu: MakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu()
+    network, x, y = OnGpu(2, apart=True), np.stack([picture(1), picture(2)]), np.stack([picture(3), picture(4)])
+    level, out, wanted, before = np.array([[0.9], [0.2]], np.float32), np.empty_like(x), np.empty_like(x), x.copy()
+    call, launch = network.bind(x, y, level, out), network._launch
+    call()
+
+    def failing(kernel: str, *arguments: Any) -> None:
+        if network.known == 4:  # the second picture's, the second time
+            raise BackendError("planted")
+        launch(kernel, *arguments)
+
+    x *= 0.5
+    with monkeypatch.context() as planted, pytest.raises(BackendError, match="planted"):
+        planted.setattr(network, "_launch", failing)
+        call()
+    x[:] = before
+    call()
+    OnHost().bind(x, y, level, wanted)()
+    assert np.array_equal(out, wanted)
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -350,6 +374,16 @@ def test_what_does_not_fit_is_refused(gpu: MakeCuda) -> None:
     engine.join(Job(picture(), rows(), seed=0))
     with pytest.raises(OptionError, match="all 1 slots are busy"):
         engine.join(Job(picture(), rows(), seed=1))
+
+
+@pytest.mark.usefixtures("any_gpu")
+def test_slots_need_not_be_aligned_where_one_call_takes_all() -> None:
+    channels, height, width = shape = (3, 8, 10)  # 960 bytes
+    xs = np.random.default_rng(5).uniform(-1, 1, (3, *shape)).astype(np.float32)
+    engine = DeviceEngine(OnGpu(4, apart=True), capacity=3, channels=channels, height=height, width=width)
+    host = Engine(OnHost(), capacity=3, channels=channels, height=height, width=width)
+    given = [Job(x, rows(3 + i), seed=i) for i, x in enumerate(xs)]
+    assert all(np.array_equal(a, b) for a, b in zip(run(engine, *given), run(host, *given), strict=True))
 
 
 def test_pictures_that_no_call_can_begin_at(gpu: MakeCuda) -> None:

@@ -183,10 +183,11 @@ def test_previews_and_cancelling(built: Path, put: Put) -> None:
     assert np.array_equal(up.upscale(photograph(), seed=1), up.upscale(photograph(), seed=1))
 
 
-def test_an_engine_of_a_step_alone_is_none(bundle: Path, put: Put) -> None:
+@pytest.mark.parametrize("part", ["once", "step"])
+def test_an_engine_of_one_part_alone_is_none(part: str, bundle: Path, put: Put) -> None:
     put(right)
     manifest = Bundle.open(bundle).manifest
-    write_manifest(bundle, replace(manifest, engines={name: key for name, key in manifest.engines.items() if key["part"] == "step"}))
+    write_manifest(bundle, replace(manifest, engines={name: key for name, key in manifest.engines.items() if key["part"] == part}))
     with pytest.raises(BackendError, match="has no TensorRT engine: build one with"):
         load(Bundle.open(bundle), Request("tensorrt"))
 

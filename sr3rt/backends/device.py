@@ -74,7 +74,7 @@ class Stage:
     """Device memory for `capacity` pictures of one size, and the network over it.
 
     x, y, net, x0: addresses of (slots, C, H, W) float32; `slots` is what the calls that take `capacity` pictures take.
-    own: what a slot has to itself (x, y, x0, what is given): the first slot's address, and the bytes of each.
+    own: what a slot has to itself (x, y, x0, what is given): the first slot's address, and the bytes of each. once: the network's, or None.
     """
 
     def __init__(self, network: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int) -> None:
@@ -102,7 +102,7 @@ class Stage:
         self._given = {name: (address, size) for (name, size), address in zip(given.items(), addresses[5:], strict=False)}
         self._alone = dict(zip(alone, addresses[len(sizes) :], strict=True))  # for one picture, aligned as no slot need be
         self.own = [*((one, self.picture) for one in (self.x, self.y, self.x0)), *self._given.values()]
-        self._once = network.once(height, width, self.stream) if given else None
+        self.once = network.once(height, width, self.stream) if given else None
         self._enqueuers: dict[int, Enqueue] = {}
 
     def cover(self, count: int) -> list[tuple[int, int]]:
@@ -114,11 +114,10 @@ class Stage:
         return self._levels + first * ALIGNED
 
     def know(self, slot: int) -> None:
-        """Enqueue what is computed of a slot's x alone, which steps are given: to be done when its x is new."""
-        if self._once is None:
-            return
+        """Enqueue what is computed of a slot's x alone, which steps are given: to be done when its x is new, where there is `once`."""
+        assert self.once
         self.stream.move(self._alone["x"], self.x + slot * self.picture, self.picture)
-        self._once(self._alone)
+        self.once(self._alone)
         for name, (address, size) in self._given.items():
             self.stream.move(address + slot * size, self._alone[name], size)
 
@@ -159,7 +158,8 @@ class DeviceEngine:
     """`sr3rt.engine.Engine` on a GPU. Not thread-safe: an engine belongs to one caller; networks are shared.
 
     A job with its own noise, or whose every prediction is projected, takes part by a loop on the host.
-    seconds: that the GPU spent in the steps that are done. capture: whether steps are captured into graphs.
+    seconds: that the GPU spent in the steps that are done, and before them in what depends on x alone.
+    capture: whether steps are captured into graphs.
     """
 
     def __init__(self, network: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int, capture: bool = True) -> None:
@@ -174,6 +174,8 @@ class DeviceEngine:
         self._states_seen = Pinned((capacity,), SLOT)
         self._sent = [Event() for _ in range(capacity)]  # when what is staged for a slot may be overwritten
         self._marks = [(Event(), Event()) for _ in range(AHEAD)]
+        self._marks_once = [(Event(), Event()) for _ in range(capacity)]
+        self._known: set[int] = set()  # slots of which these have not been added up
         self._queued = 0  # steps whose marks have not been waited for
         self._steps = 0
         self._steppers: dict[tuple[tuple[int, int], ...], Callable[[], None]] = {}
@@ -214,7 +216,12 @@ class DeviceEngine:
         stream.to_device(self._states.address + n * SLOT.itemsize, self._states_staged.array[n : n + 1])
         self._sent[n].record(stream)
         stream.clear(stage.x0 + n * stage.picture, stage.picture)
-        stage.know(n)
+        if stage.once:
+            begin, end = self._marks_once[n]
+            begin.record(stream)
+            stage.know(n)
+            end.record(stream)
+            self._known.add(n)
         self._gpu.launch("sr3_start", (stage.blocks, 1), THREADS, (stage.y, self._states.address, n, *shape), stream)
         self._slots.append(Slot(job))
 
@@ -271,6 +278,9 @@ class DeviceEngine:
         self._stream.wait()
         while self._queued:
             self._pass_oldest()
+        while self._known:
+            begin, end = self._marks_once[self._known.pop()]
+            self.seconds += end.since(begin)
 
     def _pass_oldest(self) -> None:
         begin, end = self._marks[(self._steps - self._queued) % AHEAD]

@@ -68,6 +68,8 @@ def load(bundle: Bundle, request: Request, *, hoisted: bool = True) -> OrtNetwor
         raise BackendError(reason)
     precision, channels = _precision(request), bundle.manifest.channels
     graphs = bundle.manifest.graphs(precision, hoisted=hoisted)
+    if not graphs:
+        raise BackendError(f"{bundle.path} has its network in {precision} in two parts only, and was asked for the whole")
     if request.device in ("auto", "cpu"):
         return OrtNetwork(lambda: [_session(bundle, graph, [CPU], threads=request.thread_count) for graph in graphs], precision=precision)
     gpu = Gpu(gpu_index(request.device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -139,10 +139,10 @@ def _fitting(bundle: Bundle, request: Request, gpu: Gpu) -> list[EngineKey]:
     raise BackendError(_absent(bundle, request))
 
 
-def _completed(part: str, size: Size, batch: int, found: Container[tuple[str, Size, int]]) -> bool:
+def _completed(part: str, size: Size, batch: int, found: Collection[tuple[str, Size, int]]) -> bool:
     """Whether an engine has what it needs beside it, and nothing does its work better."""
-    apart = ("once", size, 1) in found
-    return {"once": batch == 1, "step": apart, "whole": not (apart and ("step", size, batch) in found)}[part]
+    once, steps = ("once", size, 1) in found, {count for kind, sides, count in found if (kind, sides) == ("step", size)}
+    return {"once": batch == 1 and bool(steps), "step": once, "whole": not (once and batch in steps)}[part]
 
 
 def _absent(bundle: Bundle, request: Request) -> str:

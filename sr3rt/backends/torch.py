@@ -41,7 +41,7 @@ Step = tuple[str, Operation, set[str]]
 class TorchProgram:
     """`program(x, y, level)` is the prediction. Immutable, and safe to use from several threads.
 
-    So is `program(x, y, level, *program.once(x))`, with less to compute at every step. given: the registers that `once` gives.
+    So is `program(x, y, level, *program.once(x))`, with less to compute at every step. given: registers that `once` gives, and their types.
     dtype: of convolutions and of what they give; of everything else too if that is float64, float32 otherwise: the level, norms, softmax
     and the wavelet's arithmetic, which float16 cannot hold.
     """
@@ -54,7 +54,7 @@ class TorchProgram:
         self._level = self._embedding(**program["level"])
         made = [(one, self._operation(**one)) for one in program["operations"]]
         apart = parts(program["operations"])
-        self.given = tuple(apart.given) if apart else ()
+        self.given = {name: self._kind(name, program["operations"]) for name in (apart.given if apart else ())}
         self._all = _ordered(made, {"out"})
         self._step = _ordered([one for one in made if one[0] in apart.step], {"out"}) if apart else self._all
         self._once = _ordered([one for one in made if one[0] in apart.once], {*self.given}) if apart else []
@@ -62,13 +62,20 @@ class TorchProgram:
 
     def __call__(self, x: Tensor, y: Tensor, level: Tensor, *given: Tensor) -> Tensor:
         """x, y: (N, C, H, W); level: (N, 1); the result, too, is of the wide type."""
-        registers = {"x": x, "y": y} | {name: value.to(self.dtype) for name, value in zip(self.given, given, strict=False)}
+        registers = {"x": x, "y": y} | {name: value.to(kind) for (name, kind), value in zip(self.given.items(), given, strict=False)}
         return _carried_out(self._step if given else self._all, registers, self._level(level))["out"].to(self.wide)
 
     def once(self, x: Tensor) -> list[Tensor]:
         """What `given` names, of the wide type; x: (N, C, H, W)."""
         registers = _carried_out(self._once, {"x": x}, None)
         return [registers[name].to(self.wide) for name in self.given]
+
+    def _kind(self, name: str, operations: Sequence[Program]) -> torch.dtype:
+        """Of a register that is made of x alone: other operations than convolutions keep what they find."""
+        (made,) = (one for one in operations if one["to"] == name)
+        if made["do"] == "convolution":
+            return self.dtype
+        return self.wide if made["from"][0] == "x" else self._kind(made["from"][0], operations)
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.array(self._tensors[name])).to(self.device, dtype)
