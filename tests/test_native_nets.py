@@ -146,6 +146,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_pool_does_every_piece_and_tells_what_one_throws(programs: Path) -> None:
+    done = subprocess.run([programs / "pool"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0 rounds wrong\n"), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_every_kernel_is_right_alone(programs: Path, kernels: str) -> None:
     done = subprocess.run([programs / "kernels", "check", kernels], capture_output=True, text=True, check=False, timeout=60)

@@ -225,7 +225,9 @@ class FromBands final : public Bands {
     FromBands(int bands, int mean, int side, int fine, float detail) : Bands(mean, side, detail) { from = {bands, fine}; }
 
     Extent extent(const std::vector<Extent>& registers, int height, int width) const override {
-        return fits(registers, height, width) ? Extent{height, width, 0} : Extent{};
+        const Extent& bands = registers[from[0]];
+        const bool halved = 2 * bands.height == height && 2 * bands.width == width;
+        return halved && fits(registers, height, width) ? Extent{height, width, 0} : Extent{};
     }
     Scratch scratch(const std::vector<Extent>& registers, std::size_t) const override { return rows(2 * registers[from[0]].width); }
 

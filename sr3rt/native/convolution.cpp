@@ -50,6 +50,7 @@ Extent Convolution::extent(const std::vector<Extent>& registers, int, int) const
     int height = in.height, width = in.width;
     if (options_.resample == Resample::up) height *= 2, width *= 2;
     if (options_.resample == Resample::down) height /= 2, width /= 2;
+    if (height < 1 || width < 1) return {};
     height = (height - 1) / options_.stride + 1;
     width = (width - 1) / options_.stride + 1;
     return {height, width, units(height, width)};

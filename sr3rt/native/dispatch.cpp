@@ -47,7 +47,8 @@ Kernels with_tiles(const Kernels& kernels, const Tiles& tiles, const char* name)
 const Kernels* kernels(const char* name) {
     const auto is = [&](const char* other) { return std::strcmp(name, other) == 0; };
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
     const bool best = is("auto"), bf16 = is("bf16") || is("quick_bf16");
 #ifdef SR3_AMX

@@ -60,6 +60,7 @@ const Register& Network::checked(int index) const {
 }
 
 int Network::add(std::unique_ptr<Layer> layer, std::size_t channels, bool still) {
+    check_open();
     layer->to = static_cast<int>(registers_.size());
     registers_.push_back({channels, rounded_up(channels, lanes()), false, still});
     const int to = layer->to;
@@ -68,7 +69,12 @@ int Network::add(std::unique_ptr<Layer> layer, std::size_t channels, bool still)
     return to;
 }
 
+void Network::check_open() const {
+    if (!layers_.empty() && layers_.back()->to < 0) throw std::invalid_argument("nothing follows the result");
+}
+
 void Network::add_last(std::unique_ptr<Layer> layer) {
+    check_open();
     reads_.push_back(layer->from);
     layers_.push_back(std::move(layer));
 }
@@ -97,6 +103,7 @@ int Network::convolution(ConvolutionOptions options, const float* weight, std::s
     for (const int source : options.from) joined += checked(source).channels;
     if (options.from.empty() || options.from.size() > SOURCES)
         throw std::invalid_argument("a convolution reads 1 to " + std::to_string(SOURCES) + " registers");
+    if (outputs == 0 || inputs == 0) throw std::invalid_argument("a weight without channels");
     if (joined != inputs)
         throw std::invalid_argument("a weight for " + std::to_string(inputs) + " channels, of registers with " + std::to_string(joined));
     if ((side != 1 && side != 3) || (options.stride != 1 && options.stride != 2) || (!bias.empty() && bias.size() != outputs))
@@ -232,25 +239,13 @@ void Network::refresh(const Planar& planar, const Plan& plan) {
         while (slot < kept_.slots && !holds(slot, n)) ++slot;
         return slot;
     };
-    std::vector<std::pair<std::size_t, Floats>> moved;
-    std::vector<std::size_t> lost;
-    for (std::size_t n = 0; n < planar.count; ++n) {
-        if (holds(n, n)) continue;
-        const std::size_t slot = find(n);
-        if (slot == kept_.slots) {
-            lost.push_back(n);
-            continue;
-        }
-        moved.emplace_back(n, floats(plan.kept_size));  // another picture's may go where it lies
-        for (const Part part : plan.kept) std::copy_n(kept_.at(part, slot), part.size, moved.back().second.get() + part.offset);
-    }
-    for (const auto& [n, memory] : moved) {
-        for (const Part part : plan.kept) std::copy_n(memory.get() + part.offset, part.size, kept_.at(part, n));
-        kept_.valid[n] = true;
-    }
+    std::vector<std::size_t> sources(planar.count);  // the slot that each picture's lies in, the number of slots for none
+    for (std::size_t n = 0; n < planar.count; ++n) sources[n] = holds(n, n) ? n : find(n);
+    move(plan, sources);
     Planar all = planar;
     all.x = kept_.at(x, 0);
-    for (const std::size_t n : lost) {
+    for (std::size_t n = 0; n < planar.count; ++n) {
+        if (sources[n] < kept_.slots) continue;
         kept_.valid[n] = false;  // until it is done
         if (const std::size_t slot = find(n); slot < kept_.slots) {  // one before it had the same x
             for (const Part part : plan.kept) std::copy_n(kept_.at(part, slot), part.size, kept_.at(part, n));
@@ -262,9 +257,36 @@ void Network::refresh(const Planar& planar, const Plan& plan) {
     }
 }
 
+// Fills slot n from slot sources[n], where there is one. What no other slot needs is written over first; what is left then are rings of
+// slots, each of which one slot's contents are put aside for.
+void Network::move(const Plan& plan, const std::vector<std::size_t>& sources) {
+    const std::size_t none = kept_.slots, aside = none + 1;
+    std::vector<std::size_t> from = sources;
+    Floats memory;
+    while (true) {
+        std::size_t ring = none;
+        bool moved = false;
+        for (std::size_t n = 0; n < from.size(); ++n) {
+            if (from[n] == n || from[n] == none) continue;
+            if (std::ranges::count(from, n) > 0) {
+                ring = n;
+                continue;
+            }
+            for (const Part part : plan.kept)
+                std::copy_n(from[n] == aside ? memory.get() + part.offset : kept_.at(part, from[n]), part.size, kept_.at(part, n));
+            from[n] = n, kept_.valid[n] = moved = true;
+        }
+        if (moved) continue;
+        if (ring == none) return;
+        if (!memory) memory = floats(plan.kept_size);
+        for (const Part part : plan.kept) std::copy_n(kept_.at(part, ring), part.size, memory.get() + part.offset);
+        std::ranges::replace(from, ring, aside);
+    }
+}
+
 void Network::make_room(const Plan& plan, const Planar& planar) {
     if (plan.size > arena_size_) {
-        arena_.reset(), arena_size_ = 0;
+        arena_size_ = 0, arena_.reset();  // in this order: a process may be forked in between
         arena_ = floats(plan.size);
         arena_size_ = plan.size;
     }

@@ -123,6 +123,8 @@ class Network {
     static std::size_t keep(Plan&, std::size_t size);
     void make_room(const Plan&, const Planar&);
     void refresh(const Planar&, const Plan&);
+    void move(const Plan&, const std::vector<std::size_t>& sources);
+    void check_open() const;  // whether layers may still be added
     std::vector<View> views(const Plan&, const Some&) const;
     void run_layers(const Planar& all, const Plan&, const std::vector<std::vector<float>>& levels, const Some&, Span, bool still_ones);
     Plan plan(std::size_t count, int height, int width) const;

@@ -177,7 +177,8 @@ Extent Network::result_extent(int height, int width) const {
 std::size_t Network::memory_of(std::size_t count, int height, int width) const {
     const Plan plan = this->plan(together(count, height, width), height, width);
     const std::size_t arena = arena_size_, kept = kept_size_, keeps = count * plan.kept_size;
-    return ((plan.size > arena ? plan.size - arena : 0) + (keeps > kept ? keeps : 0)) * sizeof(float);  // what is kept is copied to grow
+    const std::size_t moved = count > 1 ? plan.kept_size : 0;  // one picture's, put aside where they change places; or a copy of all to grow
+    return ((plan.size > arena ? plan.size - arena : 0) + (keeps > kept ? keeps : moved)) * sizeof(float);
 }
 
 }  // namespace sr3

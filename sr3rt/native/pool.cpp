@@ -81,6 +81,7 @@ void Pool::run(std::size_t pieces, const Work& work) {
     }
     work_.store(&work, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
+    failed_.store(false, std::memory_order_relaxed);
     state_.store(std::uint64_t{pieces} << 32, std::memory_order_release);
     ++generation_;
     generation_.notify_all();
@@ -91,6 +92,7 @@ void Pool::run(std::size_t pieces, const Work& work) {
         const std::size_t done = done_.load(std::memory_order_acquire);
         if (done != pieces) done_.wait(done);
     }
+    if (failed_.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 // Does the next piece, if there is one.
@@ -100,7 +102,11 @@ bool Pool::take(unsigned thread) {
     const std::uint64_t mine = state_.fetch_add(1, std::memory_order_acquire);
     const std::size_t piece = mine & NEXT, pieces = mine >> 32;
     if (piece >= pieces) return false;
-    (*work_.load(std::memory_order_relaxed))(piece, thread);
+    try {
+        (*work_.load(std::memory_order_relaxed))(piece, thread);
+    } catch (...) {
+        if (!failed_.exchange(true)) failure_ = std::current_exception();
+    }
     if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces) done_.notify_all();
     return true;
 }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -25,7 +26,7 @@ class Pool {
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    // Does pieces 0 … pieces-1 and returns when all are done. One caller at a time; work must not throw.
+    // Does pieces 0 … pieces-1 and returns when all are done. One caller at a time. What work throws, the first of it, is thrown then.
     void run(std::size_t pieces, const Work& work);
 
     // To be called in a process that was forked, which has none of the threads: the next `run` starts others.
@@ -43,6 +44,8 @@ class Pool {
     std::atomic<std::uint64_t> state_{0};
     std::atomic<const Work*> work_{nullptr};
     std::atomic<std::size_t> done_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr failure_;                // set by whoever set failed_, before its piece is done
     std::atomic<std::uint32_t> generation_{0};  // what sleeping threads wait on
     std::atomic<bool> ending_{false};
     std::vector<std::thread> workers_;
