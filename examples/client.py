@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import queue
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def main() -> None:
         else:
             image, info = ask(options, parameters)
         options.output.write_bytes(image)
-    except (InferenceServerException, OSError) as error:
+    except (InferenceServerException, OSError, HTTPException) as error:  # the last where something else answers there
         raise SystemExit(f"{parser.prog}: {error}") from None
     seconds, queued = info["total_ms"] / 1000, info["queue_ms"] / 1000
     print(f"{options.output}: seed {info['seed']}, {info['steps']} steps, {seconds:.2f} s of which it waited {queued:.2f} s")

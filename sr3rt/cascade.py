@@ -22,7 +22,10 @@ class Cascade:
     """
 
     def __init__(self, *stages: Upscaler) -> None:
-        """Raises OptionError where there are none, or their pictures have different numbers of channels."""
+        """Raises OptionError where there are none, or others than models, or their pictures have different numbers of channels."""
+        for stage in stages:
+            if not isinstance(stage, Upscaler):
+                raise OptionError(f"a cascade is of models, found {stage!r}: give what sr3rt.load(…) returns")
         if len({stage.bundle.manifest.channels for stage in stages}) != 1:
             found = ", ".join(f"{stage.bundle.path} has {stage.bundle.manifest.channels}" for stage in stages) or "no models"
             raise OptionError(f"a cascade is of models whose pictures have as many channels, found {found}")

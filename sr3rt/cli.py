@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 from rich.console import Console
 from rich.markup import escape
 
@@ -30,13 +30,20 @@ app = App(name="sr3rt", help="Runs trained SR3 super-resolution models, without 
 errors = Console(stderr=True)
 
 
+def _named(kind: object, tokens: Sequence[Token]) -> Path:
+    """An empty name, as of a shell's variable that is not set, would be the folder that one is in."""
+    if not tokens[0].value:
+        raise ValueError("the name is empty")
+    return Path(tokens[0].value)
+
+
 @app.command
 def upscale(
     *,
-    input: Annotated[Path, Parameter(name=["--input", "-i"])],
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
-    model: Annotated[list[Path] | None, Parameter(name=["--model", "-m"])] = None,
-    steps: Annotated[list[int] | None, Parameter(name=["--steps", "-n"])] = None,
+    input: Annotated[Path, Parameter(name=["--input", "-i"], converter=_named)],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], converter=_named)],
+    model: Annotated[list[Path] | None, Parameter(name=["--model", "-m"], negative="")] = None,
+    steps: Annotated[list[int] | None, Parameter(name=["--steps", "-n"], negative="")] = None,
     sampler: str | None = None,
     seed: int | None = None,
     consistency: Consistency | None = None,
@@ -93,17 +100,20 @@ def upscale(
     from sr3rt.images import read
     from sr3rt.saving import check_target
     from sr3rt.upscaler import load
-    from sr3rt.work import planned
+    from sr3rt.work import make_folder, passed_over, planned
 
     work = planned(input, output, compare=compare)
     todo = [one for one in work if overwrite or not any(path.exists() for path in one.outputs)]
     if len(todo) < len(work):
         errors.print(f"{len(work) - len(todo)} of {len(work)} outputs exist and are skipped (--overwrite replaces them)")
+    if others := passed_over(input):
+        errors.print(f"{len(others)} in formats that are not read are passed over: {escape(', '.join(others))}", soft_wrap=True)
     if not todo:
         return 0
     options: dict[str, Any] = {"backend": backend, "precision": precision, "device": device, "threads": threads, "rerun": rerun}
     upscaler = Cascade(*(load(one, **options) for one in model or (None,)))
     counts = steps[0] if steps and len(steps) == 1 else steps
+    make_folder(todo[0].target.parent)
     failed = 0
     with _bar(len(todo)) as start:
         for one in todo:

@@ -195,8 +195,10 @@ def check_shape(array: NDArray[Any], what: str) -> None:
 
 def _checked_floats(array: NDArray[Any], what: str) -> NDArray[np.float32]:
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):  # also false for NaN
-        raise ImageError(f"{what}: floats from {low:g} to {high:g}; expected [0,1]: scale or clip them first")
+    if np.isnan(low):
+        raise ImageError(f"{what}: some values are NaN; expected floats in [0,1]")
+    if low < 0.0 or high > 1.0:
+        raise ImageError(f"{what}: floats from {low!r} to {high!r}; expected [0,1]: scale or clip them first")
     return array.astype(np.float32)
 
 

@@ -101,6 +101,8 @@ class Upscaler:
         Raises OptionError, ImageError, ImageTooLarge (also when memory does not suffice), NonFiniteError, Cancelled.
         """
         plan = self.plan(steps=steps, sampler=sampler, schedule=schedule, consistency=consistency, tile=tile)
+        if on_step is not None and not callable(on_step):
+            raise OptionError(f"on_step is {on_step!r}, expected a function of (step, steps, preview)")
         single = not isinstance(image, (list, tuple))
         images: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
         drawn = seeds(seed, len(images))

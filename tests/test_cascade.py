@@ -111,6 +111,8 @@ def test_a_wrong_option_is_told_before_any_step(cascade: Cascade, photo: Image.I
 
 
 def test_what_cannot_be_a_cascade() -> None:
+    with pytest.raises(sr3rt.OptionError, match=r"a cascade is of models, found 'b8': give what sr3rt\.load\(…\) returns"):
+        sr3rt.Cascade("b8")  # type: ignore[arg-type]
     with pytest.raises(sr3rt.OptionError, match=r"a cascade is of models .*, found no models"):
         Cascade()
     with pytest.raises(sr3rt.OptionError, match="found test has 3, test has 1"):

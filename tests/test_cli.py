@@ -89,12 +89,21 @@ def test_a_folder_is_upscaled_and_other_files_are_left_alone(upscale: Command, p
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.jpg.png", "b.png.png"]
 
 
+def test_pictures_that_are_not_read_are_named_and_hidden_files_are_not_looked_at(upscale: Command, photos: Path, tmp_path: Path) -> None:
+    (photos / "._a.png").write_bytes(b"\x00\x05\x16\x07")
+    for name in ("moving.gif", "x.AVIF", "._x.gif"):
+        (photos / name).touch()
+    said = "2 in formats that are not read are passed over: moving.gif, x.AVIF\n"
+    assert upscale("-i", photos, "-o", tmp_path / "out") == (0, "", said)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+
+
 def test_two_pictures_never_become_one(upscale: Command, photos: Path, tmp_path: Path) -> None:
     for name in ("b.jpg.bmp", "b.png"):
         Image.new("RGB", (4, 4)).save(photos / name)
     status, _, said = upscale("-i", photos, "-o", tmp_path / "out")
     assert status == 1 and re.search(r"b\.jpg and .*b\.jpg\.bmp would both become .*b\.jpg\.png: rename one", said)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_is_not_replaced_by_its_result(upscale: Command, photos: Path) -> None:
@@ -231,12 +240,21 @@ def test_compare_shows_input_bicubic_and_result(mode: str, upscale: Command, tmp
         (("-i", "photos", "-o", "photos"), "photos is the folder with the pictures"),
         (("-i", "photos", "-o", "photos/a.png"), "photos/a.png is a file: give -o a folder"),
         (("-i", "empty", "-o", "out"), "empty holds no pictures"),
-        (("-i", "photos/a.png", "-o", "photos/a.png/out.png"), "File exists: 'photos/a.png'"),
+        (("-i", "photos", "-o", "out.png"), "photos is a folder and out.png a picture's name: give -o a folder"),
+        (
+            ("-i", "photos/a.png", "-o", "photos/a.png/out.png"),
+            "the folder photos/a.png cannot be made (File exists): give -o another name",
+        ),
+        (("-i", "photos/a.png", "-o", "o" * 300 + ".png"), ".png cannot be used (File name too long): give another name"),
+        (
+            ("-i", "photos/a.png", "-o", "out.png", "--backend", "torch", "--device", "cpu"),
+            "the torch backend runs on a GPU, device 'cpu' was",
+        ),
         (("-i", "photos/a.png", "-o", "out.png", "-n", "101"), "steps must be between 1 and the 100"),
         (("-i", "photos/a.png", "-o", "out.png", "--sampler", "euler"), "unknown sampler 'euler'"),
         (("-i", "photos/a.png", "-o", "out.png", "--seed", "-1"), "seed must be"),
         (("-i", "photos/a.png", "-o", "out.png", "--backend", "cuda"), "unknown backend 'cuda'"),
-        (("-i", "photos/a.png", "-o", "out.png", "--precision", "fp8"), "precision 'fp8'"),
+        (("-i", "photos/a.png", "-o", "out.png", "--precision", "fp8"), "unknown precision 'fp8': expected auto, fp32, fp16, bf16"),
         (("-i", "photos/a.png", "-o", "out.png", "--threads", "-1"), "threads must be"),
         (("-i", "photos/notes.txt", "-o", "out.png"), "photos/notes.txt"),
     ],
@@ -265,7 +283,8 @@ def test_a_bad_bundle_is_one_line(arguments: tuple[str, str], sr3rt: Command, ph
 
 @pytest.mark.parametrize(
     "arguments",
-    [("upscale",), ("upscale", "-i", "a.png"), ("upscale", "-i", "a", "-o", "b", "-n", "many"), ("unknown",), ("info", "a", "b"),
+    [("upscale",), ("upscale", "-i", "a.png"), ("upscale", "-i", "", "-o", "b.png"), ("upscale", "-i", "a.png", "-o", ""),
+     ("upscale", "-i", "a", "-o", "b", "-n", "many"), ("upscale", "-i", "a", "-o", "b", "--empty-steps"), ("unknown",), ("info", "a", "b"),
      ("upscale", "-i", "a", "-o", "b", "--consistency", "often"), ("upscale", "-i", "a", "-o", "b", "--unknown", "1")],
 )  # fmt: skip
 def test_wrong_usage_is_status_2(arguments: tuple[str, ...], sr3rt: Command) -> None:

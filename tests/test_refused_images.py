@@ -113,7 +113,8 @@ def test_pillows_own_limit_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (np.full((2, 2), 1.5, np.float32), r"floats from 1\.5 to 1\.5; expected \[0,1\]"),
         (np.array([[0.5, -0.25]]), r"floats from -0\.25 to 0\.5"),
-        (np.array([[0.5, np.nan]]), "floats from nan to nan"),
+        (np.full((2, 2), 1 + 2**-52), r"floats from 1\.0000000000000002 to 1\.0000000000000002; expected \[0,1\]"),
+        (np.array([[0.5, np.nan]]), r"some values are NaN; expected floats in \[0,1\]"),
         (np.array([[0.5, np.inf]]), "to inf"),
         (np.zeros((2, 2), np.int64), "int64.*expected uint8, uint16, or float"),
         (np.zeros((2, 2), bool), "bool"),

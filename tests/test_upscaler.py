@@ -239,12 +239,19 @@ def test_unknown_backends_precisions_and_devices_are_refused(tmp_path: Path) -> 
         sr3rt.load(tmp_path)
     with pytest.raises(sr3rt.OptionError, match="unknown backend 'magic': expected auto, tensorrt, native, onnxruntime"):
         sr3rt.load(backend="magic")
-    with pytest.raises(sr3rt.BackendError, match="precision 'fp8' was asked for"):
+    with pytest.raises(sr3rt.OptionError, match="unknown precision 'fp8': expected auto, fp32, fp16, bf16"):
         sr3rt.load(precision="fp8")
+    with pytest.raises(sr3rt.BackendError, match="precision 'fp8' was asked for"):
+        sr3rt.load(backend="native", precision="fp8")
     with pytest.raises(sr3rt.BackendError, match="has no network in fp16: make it with"):
         sr3rt.load(precision="fp16")
     with pytest.raises(sr3rt.BackendError, match="device 'cuda' was asked for"):
         sr3rt.load(device="cuda")
+
+
+def test_what_is_no_function_is_refused_before_the_first_step() -> None:
+    with pytest.raises(sr3rt.OptionError, match=r"on_step is 5, expected a function of \(step, steps, preview\)"):
+        sr3rt.upscale(np.zeros((4, 4, 3), np.uint8), on_step=5)  # type: ignore[arg-type]
 
 
 # --- what callers give

@@ -111,10 +111,12 @@ def why_not(name: str) -> str | None:
 
 def load(bundle: Bundle, request: Request) -> Network:
     """The network of `bundle` on the backend asked for; by "auto", the first of `ORDER` that does it. One that was expected to and fails is
-    told in a RuntimeWarning. Raises BackendError, EngineRefused, MissingExtra or BundleCorrupt.
+    told in a RuntimeWarning. Raises OptionError, BackendError, EngineRefused, MissingExtra or BundleCorrupt.
     """
     if request.backend != "auto":
         return _loaded(request.backend, bundle, request)
+    if request.precision not in PRECISIONS:
+        raise OptionError(f"unknown precision {request.precision!r}: expected {', '.join(PRECISIONS)}")
     reasons = {}
     for name in ORDER:
         module = importlib.import_module(MODULES[name])

@@ -27,6 +27,9 @@ ALONE = threading.RLock()
 _CAPTURE_ERRORS = range(900, 909)  # cudaErrorStreamCapture…: of the capture, not of the GPU
 
 
+_ELSE = "or use device='cpu' with backend='auto'"
+
+
 def why_not(device: int = 0) -> str | None:
     """Why that GPU cannot be used here, or None when it can. To be asked before anything of TensorRT, which crashes without a GPU."""
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
@@ -35,12 +38,12 @@ def why_not(device: int = 0) -> str | None:
 
     driver, (status, count) = runtime.cudaDriverGetVersion()[1], runtime.cudaGetDeviceCount()
     if not driver:
-        return "there is no NVIDIA driver here: install one, or use device='cpu'"
+        return f"there is no NVIDIA driver here: install one, {_ELSE}"
     if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
         needed, found = runtime.cudaRuntimeGetVersion()[1], f"{driver // 1000}.{driver % 1000 // 10}"
-        return f"the NVIDIA driver serves CUDA {found}, cuda-bindings need {needed // 1000}.0: upgrade the driver, or use device='cpu'"
+        return f"the NVIDIA driver serves CUDA {found}, cuda-bindings need {needed // 1000}.0: upgrade the driver, {_ELSE}"
     if status != runtime.cudaError_t.cudaSuccess or not count:
-        return f"CUDA finds no GPU ({status.name}): look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use device='cpu'"
+        return f"CUDA finds no GPU ({status.name}): look at nvidia-smi and CUDA_VISIBLE_DEVICES, {_ELSE}"
     return None if device < count else f"there is no GPU {device}: CUDA finds {count}, counted from 0"
 
 

@@ -40,7 +40,7 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
 
 def load(bundle: Bundle, request: Request) -> TorchOnGpu:
     """Raises BackendError (`why_not`, `refusal`, a PyTorch without CUDA, too little memory) or BundleCorrupt."""
-    if reason := why_not() or refusal(bundle, request):
+    if reason := no_gpu("torch", request.device) or why_not() or refusal(bundle, request):
         raise BackendError(reason)
     from sr3rt.backends.torch import on_gpu
 

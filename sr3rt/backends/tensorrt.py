@@ -94,7 +94,7 @@ def _unknown(request: Request) -> str | None:
 
 def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
     """Raises MissingExtra, BackendError (`why_not`, `refusal`, too little memory), EngineRefused or BundleCorrupt."""
-    reason = why_not() or _unknown(request)
+    reason = no_gpu("tensorrt", request.device) or why_not() or _unknown(request)
     if reason:
         raise BackendError(reason)
     gpu = Gpu(gpu_index(request.device))

@@ -214,7 +214,11 @@ def _installed(folder: Path) -> tuple[list[str], dict[str, str]]:
         return [found], environment
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtra("a Triton Inference Server (none is on PATH)", "nvidia-pytriton", "cpu,serve")
+        raise MissingExtra(
+            "a Triton Inference Server (none is on PATH; here it wants an environment of its own, with NumPy 1.26)",
+            "nvidia-pytriton",
+            "cpu,serve",
+        )
     if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
         raise BackendError(
             f"this Triton Inference Server corrupts tensors of NumPy 2, and NumPy {np.__version__} is installed: "
