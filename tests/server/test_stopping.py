@@ -26,10 +26,12 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _as_from_a_shell() -> None:
-    """Tests in the background, or under nohup, ignore these, and `sr3rt serve` would too."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+AS_FROM_A_SHELL = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):  # tests in the background, or under nohup, ignore these, and what they start would too
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @contextmanager
@@ -41,11 +43,10 @@ def serving(folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "sr3rt", "serve", *ports],
+            [sys.executable, "-c", AS_FROM_A_SHELL, sys.executable, "-m", "sr3rt", "serve", *ports],
             stdout=log,
             stderr=log,
             env={**os.environ, "TMPDIR": str(folder / "tmp"), **environment},
-            preexec_fn=_as_from_a_shell,  # noqa: PLW1509, two system calls and no lock
         ) as process,
     ):
         try:
