@@ -144,7 +144,7 @@ def test_over_the_limit_the_answer_is_unavailable_at_once_and_the_others_are_ser
     before = metric(triton, counted)
     server = triton if guarded else replace(triton, address=Address(http=triton.server.ports.http))
     with ThreadPoolExecutor(40) as pool:
-        asked = [pool.submit(by_http, server, PICTURE, steps=20, seed=i) for i in range(40)]
+        asked = [pool.submit(by_http, server, PICTURE, steps=200, seed=i) for i in range(40)]  # which take longer than the asking
     refused = [error for one in asked if (error := one.exception())]
     assert {(error.status(), error.message()) for error in refused} == {  # type: ignore[attr-defined]
         ("503", "24 requests are unfinished, the limit is 24: try again later")

@@ -45,12 +45,12 @@ def reload(triton: Any, *models: str) -> None:
 
 def test_unloading_finishes_the_requests_in_hand(mortal: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(by_http, mortal, PICTURE, steps=15, seed=i) for i in range(8)]
-        time.sleep(0.3)
+        asked = [pool.submit(by_http, mortal, PICTURE, steps=400, seed=i) for i in range(8)]
+        time.sleep(0.8)  # all are asked for by then, and not done
         post(f"{mortal.own_url}/v2/repository/models/sr3/unload", b"{}")
         for seed, one in enumerate(asked):
             pixels, _ = one.result(60)
-            assert np.abs(pixels.astype(int) - sr3rt.upscale(PICTURE, steps=15, seed=seed)).max() <= 1
+            assert np.abs(pixels.astype(int) - sr3rt.upscale(PICTURE, steps=400, seed=seed)).max() <= 1
     assert "HTTP 404" in str(mortal.server.ill(timeout=20))
     post(f"{mortal.own_url}/v2/repository/models/sr3/load", b"{}")
     assert by_http(mortal, PICTURE, steps=1)
