@@ -160,7 +160,7 @@ def test_small_pictures_do_not_wait_for_large_ones_to_end() -> None:
     class Slow(Arithmetic):
         def bind(self, x: Floats, y: Floats, level: Floats, out: Floats) -> Callable[[], None]:
             inner = super().bind(x, y, level, out)
-            return lambda: (time.sleep(0.02 if x.shape[1:] == LARGE else 0.001), inner())[1]  # type: ignore[func-returns-value]
+            return lambda: (time.sleep(0.05 if x.shape[1:] == LARGE else 0.001), inner())[1]  # type: ignore[func-returns-value]
 
     batcher = Batcher(Slow())
     large = batcher.submit(job(0, steps=20, shape=LARGE))
@@ -173,9 +173,10 @@ def test_small_pictures_do_not_wait_for_large_ones_to_end() -> None:
 
 def test_whole_request_batching_is_there_to_compare_with(gate: Gate) -> None:
     batcher = Batcher(gate, slots=2, joins="batch")
-    for steps, shape in ((2, SMALL), (3, LARGE), (4, SMALL), (1, SMALL)):
+    batcher.submit(job(steps=2))
+    gate.reached.acquire()
+    for steps, shape in ((3, LARGE), (4, SMALL), (1, SMALL)):
         batcher.submit(job(steps=steps, shape=shape))
-        gate.reached.acquire(timeout=0.2)
     gate.open()
     batcher.close(drain=20)
     assert [shape[0] for shape in gate.shapes] == [1, 1, 1, 1, 1, 2, 1, 1, 1]

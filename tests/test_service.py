@@ -301,7 +301,8 @@ def test_a_probe_does_a_step_when_idle_and_trusts_the_batch_when_busy(service: S
     assert service.counts().finished == 1
     busy, _ = held
     busy.submit(PIXELS, Query(), Replies())
-    time.sleep(0.1)
+    while not busy.counts().submitted:
+        time.sleep(0.01)
     busy.probe()
     assert busy.counts().submitted == 1
 

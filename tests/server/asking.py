@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,28 @@ def metric(triton: Any, name: str) -> float:
     with urllib.request.urlopen(triton.metrics_url, timeout=10) as reply:  # noqa: S310
         lines = [line.decode() for line in reply]
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def settled(triton: Any, *names: str) -> list[float]:
+    """Figures once all that was asked for has ended, those given up too, and is told, which takes half a second."""
+    time.sleep(0.7)
+    eventually(lambda: metric(triton, "sr3rt_running") == metric(triton, "sr3rt_queued") == 0)
+    time.sleep(0.7)
+    return [metric(triton, name) for name in names]
+
+
+def in_hand(triton: Any) -> int:
+    """Requests for one answer that the guard has let through and that are not answered, at this moment."""
+    found: int = triton.guard._gate._admission.unfinished
+    return found
+
+
+def gone(process: int) -> bool:
+    """Whether it ended; one that nobody waited for has ended too."""
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def eventually(condition: Any, seconds: float = 20) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from asking import by_events, by_grpc, by_http, by_stream, eventually, free_address, metric, status
+from asking import by_events, by_grpc, by_http, by_stream, eventually, free_address, in_hand, metric, settled, status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sr3rt.serving.guard import Bounds, Guard
@@ -35,30 +35,29 @@ def narrow(triton: Any) -> Iterator[Any]:
     address = free_address()
     with Guard(address, Bounds(body=2**20, connections=99, requests=1)) as guard:
         guard.triton = triton.server.ports
-        yield replace(triton, address=address)
-    eventually(lambda: metric(triton, "sr3rt_running") == metric(triton, "sr3rt_queued") == 0)  # Triton goes on for those who went away
+        yield replace(triton, guard=guard, address=address)
 
 
 @pytest.fixture
 def full(narrow: Any) -> Iterator[tuple[Any, Future[Any]]]:
     """It, while that one request is under way; and its answer."""
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(by_http, narrow, LARGE, steps=200)
-        eventually(lambda: metric(narrow, "sr3rt_running") == 1)
+        answer = pool.submit(by_http, narrow, LARGE, steps=300)
+        eventually(lambda: in_hand(narrow) == 1)
         yield narrow, answer
         assert answer.result(60)
 
 
-def test_over_the_limit_the_guard_answers_by_itself(full: tuple[Any, Future[Any]]) -> None:
-    narrow, answer = full
-    before = metric(narrow, "sr3rt_requests_total")
+def test_over_the_limit_the_guard_answers_by_itself(request: pytest.FixtureRequest, narrow: Any) -> None:
+    (before,) = settled(narrow, "sr3rt_requests_total")
+    _, answer = request.getfixturevalue("full")
     assert status(narrow.url + INFER, asked(SMALL, steps=1)) == (503, json.dumps({"error": FULL}))
     with pytest.raises(Exception, match=FULL) as told:
         by_grpc(narrow, SMALL, steps=1)
     assert told.value.status() == "StatusCode.UNAVAILABLE"  # type: ignore[attr-defined]
     assert metric(narrow, 'sr3rt_guard_refused_total{reason="full"}') == 2
     assert answer.result(60)
-    eventually(lambda: metric(narrow, "sr3rt_requests_total") == before + 1)
+    assert settled(narrow, "sr3rt_requests_total") == [before + 1]
     assert by_grpc(narrow, SMALL, steps=1)
 
 
@@ -88,7 +87,7 @@ def test_who_goes_away_gives_the_place_back(narrow: Any) -> None:
     with socket.create_connection((narrow.address.host, narrow.address.http)) as gone:
         body = asked(LARGE, steps=200)
         gone.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (INFER.encode(), len(body), body))
-        eventually(lambda: metric(narrow, "sr3rt_running") == 1)
+        eventually(lambda: in_hand(narrow) == 1)
         assert status(narrow.url + INFER, asked(SMALL, steps=1))[0] == 503
     eventually(lambda: status(narrow.url + INFER, asked(SMALL, steps=1))[0] == 200)
 
@@ -99,7 +98,7 @@ def test_who_does_not_read_the_answer_keeps_no_place(narrow: Any) -> None:
         slow.connect((narrow.address.host, narrow.address.http))
         body = asked(np.zeros((200, 200, 3), np.uint8), steps=24)  # 16 times as much is answered, as text
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (INFER.encode(), len(body), body))
-        eventually(lambda: metric(narrow, "sr3rt_running") == 1)
+        eventually(lambda: in_hand(narrow) == 1)
         assert status(narrow.url + INFER, asked(SMALL, steps=1))[0] == 503
         eventually(lambda: status(narrow.url + INFER, asked(SMALL, steps=1))[0] == 200)
 

@@ -25,7 +25,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.http
-from asking import by_http, encoded, events, eventually, free_address, inputs, metric, status
+from asking import by_http, encoded, events, eventually, free_address, inputs, metric, settled, status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sr3rt.errors import MissingExtra
@@ -35,6 +35,7 @@ from sr3rt.serving.server import Ports
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
 INFER = "/v2/models/sr3/infer"
+ENDED = 'sr3rt_requests_total{model="sr3_stream"'
 PIXEL = {"name": "pixels", "shape": [1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}
 
 
@@ -271,11 +272,12 @@ def test_calls_that_triton_does_not_survive_are_refused(triton: Any, stub: Any, 
 
 def test_who_does_not_read_gets_no_more_requests_done(triton: Any, stub: Any) -> None:
     def ended() -> float:
-        time.sleep(1)  # what was done before is told by then
-        return metric(triton, 'sr3rt_requests_total{model="sr3_stream"')
+        time.sleep(1.5)  # in which one more would be done, and told
+        return metric(triton, ENDED)
 
-    large, before = call("sr3_stream", shape=(128, 128, 3), data=bytes(128 * 128 * 3)), ended()
+    large, before = call("sr3_stream", shape=(128, 128, 3), data=bytes(128 * 128 * 3)), settled(triton, ENDED)[0]
     answers = stub.ModelStreamInfer(time.sleep(0.05) or large for _ in range(40))
+    eventually(lambda: metric(triton, ENDED) > before)
     count, more = before, ended()
     while more > count:
         count, more = more, ended()
@@ -366,8 +368,7 @@ def test_requests_that_triton_dies_with_are_refused_or_cut(mortal: Any) -> None:
         asked = [pool.submit(status, mortal.url + INFER, json.dumps(pixel).encode()) for _ in range(2)]
         with urllib.request.urlopen(stream, json.dumps(picture).encode(), timeout=60) as reply:  # noqa: S310
             assert b'"step' in reply.readline()
-            while metric(mortal, "sr3rt_running") < 3:
-                time.sleep(0.1)
+            eventually(lambda: metric(mortal, "sr3rt_running") == 3)
             os.kill(mortal.server.pid, signal.SIGKILL)
             with pytest.raises((OSError, http.client.IncompleteRead)):
                 reply.read()

@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
-from asking import eventually, free_address
+from asking import eventually, free_address, gone
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 
@@ -58,14 +58,6 @@ def serving(folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes
 def children(process: int) -> list[int]:
     """Those that it made and that are there."""
     return [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in (task / "children").read_text().split()]
-
-
-def gone(process: int) -> bool:
-    """Whether it ended; one that nobody waited for has ended too."""
-    try:
-        return ") Z " in Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_an_idle_stream_is_answered_and_then_ended(mortal: Any) -> None:
