@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 from sr3rt.errors import BackendError
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.guard import Bounds, Guard
+from sr3rt.serving.scratch import Scratch
 from sr3rt.serving.server import Address, Server, write_repository
 
 START = 120.0  # seconds for a bundle to load
@@ -30,7 +28,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
 
     Raises OptionError, and BackendError when the server cannot be started, or dies again and again.
     """
-    folder = Path(tempfile.mkdtemp(prefix="sr3rt-repository-"))
+    scratch = Scratch()
     triton_has = configuration.drain_s + SLACK
     stopping = threading.Event()
 
@@ -39,7 +37,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
 
     before = {number: signal.signal(number, stop) for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN}
     try:
-        repository = write_repository(folder / "models", configuration)
+        repository = write_repository(scratch.path / "models", configuration)
         with Guard(address, Bounds.of(configuration)) as guard:
             deaths: list[float] = []
             while not stopping.is_set():
@@ -64,7 +62,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.remove()
 
 
 def _watch(server: Server, stopping: threading.Event) -> str | None:

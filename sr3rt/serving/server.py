@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ import numpy as np
 from sr3rt.errors import BackendError, MissingExtra, OptionError
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.link import folder_of
+from sr3rt.serving.scratch import Scratch
 
 REPOSITORY = Path(__file__).parent / "triton_repo"
 """The model repository that comes with sr3rt: `triton_repo/`."""
@@ -38,8 +38,6 @@ PROBE = json.dumps({"inputs": [], "parameters": {"probe": True}})
 LOOPBACK = "127.0.0.1"
 
 TIED = Path(__file__).parent / "tied.py"
-
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 # where Linux keeps it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +114,12 @@ class Server:
         self.ports = Ports(*_free_ports(3))
         ports = self.ports._asdict().items()
         listen = [argument for kind, port in ports for argument in (f"--{kind}-address={LOOPBACK}", f"--{kind}-port={port}")]
-        self._folder = Path(tempfile.mkdtemp(prefix="sr3rt-serve-"))
+        self._scratch = Scratch()
+        folder = self._scratch.path
         try:
-            command, environment = _installed(self._folder)
-            shared = [f"--backend-config=python,shm-region-prefix-name={self._folder.name}"]
-            self._log = (self._folder / "log").open("wb")
+            command, environment = _installed(folder)
+            shared = [f"--backend-config=python,shm-region-prefix-name={folder.name}"]
+            self._log = (folder / "log").open("wb")
             tie = [sys.executable, "-IS", str(TIED), str(os.getpid())]
             self._process = subprocess.Popen(
                 [*tie, *command, f"--model-repository={repository}", *listen, *shared, *arguments],
@@ -128,10 +127,11 @@ class Server:
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[self._scratch.fileno()],  # it may outlive this process, and needs the folder
             )
-            self._meeting = folder_of(self._process.pid)
+            self._scratch.owns(folder_of(self._process.pid))
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._scratch.remove()
             raise
 
     def __enter__(self) -> Server:
@@ -166,7 +166,7 @@ class Server:
     def log(self, characters: int) -> str:
         """The end of the server's warnings and errors, and of what the models printed."""
         self._log.flush()
-        lines = (self._folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (self._scratch.path / "log").read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(line for line in lines if not re.match(r"[|+]|I\d{4} |$", line))[-characters:]
 
     def stop(self, *, patience: float = 60.0) -> None:
@@ -179,12 +179,9 @@ class Server:
             self._process.kill()
             self._process.wait()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # models outlive a server that was killed,
-        for left in SHARED_MEMORY.glob(f"{self._folder.name}*"):  # and so does what they shared
-            left.unlink(missing_ok=True)
+            os.killpg(self._process.pid, signal.SIGKILL)  # models outlive a server that was killed
         self._log.close()
-        for folder in (self._folder, self._meeting):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._scratch.remove()
 
 
 def probe(port: int, *, timeout: float) -> str | None:

@@ -19,7 +19,7 @@ def main(parent: str, *command: str) -> None:
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != int(parent):  # it ended before
             sys.exit(1)
-    os.execv(command[0], command)  # noqa: S606 # that is what it is for  # noqa: S606 # that is what it is for
+    os.execv(command[0], command)  # noqa: S606 # that is what it is for
 
 
 if __name__ == "__main__":

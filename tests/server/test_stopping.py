@@ -18,6 +18,8 @@ import pytest
 from asking import eventually, free_address, gone
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from sr3rt.serving.scratch import SHARED_MEMORY, Scratch, sweep
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
@@ -99,7 +101,8 @@ def test_serve_can_be_stopped_while_the_model_loads(loading: subprocess.Popen[by
     assert list((folder / "tmp").iterdir()) == []
 
 
-def test_what_is_killed_leaves_no_process(folder: Path) -> None:
+def test_what_is_killed_leaves_no_process_and_the_next_removes_its_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     with serving(folder) as process:
         eventually(lambda: b"Serving." in (folder / "log").read_bytes(), 60)
         (triton,) = children(process.pid)
@@ -108,3 +111,20 @@ def test_what_is_killed_leaves_no_process(folder: Path) -> None:
         process.kill()
         for one in (triton, *models):
             eventually(lambda one=one: gone(one), 60)  # type: ignore[misc]
+    left = list((folder / "tmp").iterdir())
+    assert len(left) == 3  # Triton's, the repository's, and where the models meet
+    eventually(lambda: (sweep(), list((folder / "tmp").iterdir()))[1] == [])  # type: ignore[func-returns-value]
+    assert not [shared for one in left for shared in SHARED_MEMORY.glob(f"{one.name}*")]
+
+
+def test_what_is_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "sr3rt-serve-another").mkdir()  # which nobody is known to have left
+    used = Scratch()
+    with subprocess.Popen(["sleep", "60"], pass_fds=[used.fileno()]) as heir:
+        used._lock.close()
+        sweep()
+        assert used.path.is_dir()
+        heir.kill()
+    Scratch().remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["sr3rt-serve-another"]
