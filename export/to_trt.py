@@ -54,6 +54,7 @@ def to_trt(
     precision: Literal["fp16", "fp32"] = "fp16",
     opt_level: int | None = None,
     timing_cache: Path | None = None,
+    rebuild: bool = False,
     config: Path | None = None,
     norm_groups: int | None = None,
     image_size: int | None = None,
@@ -80,6 +81,8 @@ def to_trt(
         TensorRT's builder optimisation level, 0 to 5.
     timing_cache
         TensorRT's timing cache, a file to read where it exists and to write; TensorRT for RTX has none.
+    rebuild
+        Build these engines even if the bundle has them.
     config
         For a checkpoint: the JSON that it was trained with.
     norm_groups
@@ -118,7 +121,7 @@ def to_trt(
             manifest = to_onnx.manifest_of(read, name=source.stem)
             shapes = _shapes(batches, sizes, manifest)
             to_onnx.write_bundle(target, read.net, manifest, overwrite=overwrite, progress=progress)
-        missing = _add_engines(target, shapes, precision, opt_level, timing_cache, progress)
+        missing = _add_engines(target, shapes, precision, opt_level, timing_cache, rebuild, progress)
     if missing:
         made = f"{target} has the network in {precision}, and no new engine" if precision == "fp16" else f"{target} has no new engine"
         raise BackendError(f"{made}: {missing}")
@@ -126,7 +129,13 @@ def to_trt(
 
 
 def _add_engines(
-    target: Path, shapes: Sequence[Shape], precision: str, opt_level: int | None, timing_cache: Path | None, progress: Progress
+    target: Path,
+    shapes: Sequence[Shape],
+    precision: str,
+    opt_level: int | None,
+    timing_cache: Path | None,
+    rebuild: bool,
+    progress: Progress,
 ) -> str | None:
     """The bundle anew, with engines for `shapes` and what they need; without them, and why, where none can be built here."""
     bundle, missing = Bundle.open(target), _why_not()
@@ -137,7 +146,7 @@ def _add_engines(
         manifest = _with_half(bundle, folder, shapes, progress) if precision == "fp16" else bundle.manifest
         kept = _kept(manifest, folder)
         keys = _keys(bundle, folder, precision, shapes, opt_level) if missing is None else []
-        built = _build(folder, bundle, keys, timing_cache, kept, progress)
+        built = _build(folder, bundle, keys, timing_cache, {} if rebuild else kept, progress)
         engines = kept | built
         _write_golden(bundle, folder, engines, [name for name in engines if engines[name] == kept.get(name)], progress)
         write_manifest(folder, replace(manifest, engines=engines))

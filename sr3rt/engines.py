@@ -6,11 +6,9 @@ wrongly. So nothing hands an engine to TensorRT before its key was compared with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
-
-from sr3rt.errors import EngineRefused
 
 PORTABLE = "portable"
 """Capability of engines that are finished on the GPU that loads them (TensorRT for RTX, built without naming a GPU)."""
@@ -71,19 +69,25 @@ class EngineKey:
         part = "" if self.part == "whole" else f"-{self.part}"
         return f"{self.precision}{part}-{self.batch}x{self.height}x{self.width}{level}{where}.{self.flavour}.plan"
 
-    def check(self, here: EngineKey, *, bundle: object) -> None:
-        """Raises EngineRefused, which names the first field that differs from `here` and the command that builds the engine anew."""
+    def difference(self, here: EngineKey) -> str | None:
+        """Why it may not run where `here` may: the first field that differs. None when it may."""
         wanted = asdict(here)
         for name, found in asdict(self).items():
             expected = wanted[name]
             anything = (name == "capability" and found == PORTABLE) or (name == "driver" and None in (found, expected))
             if found != expected and not anything:
-                size = f"{here.height}" if here.height == here.width else f"{here.height}x{here.width}"
-                level = "" if here.opt_level is None else f" --opt-level {here.opt_level}"
-                raise EngineRefused(
-                    f"the engine {self.name} is of another {MEANING[name]}: found {_short(found)}, expected {_short(expected)}. Build "
-                    f"one with  python export/to_trt.py {bundle} --batch {here.batch} --size {size} --precision {here.precision}{level}"
-                )
+                return f"the engine {self.name} is of another {MEANING[name]}: found {_short(found)}, expected {_short(expected)}"
+        return None
+
+
+def command(keys: Sequence[EngineKey], *, bundle: object, rebuild: bool = False) -> str:
+    """What builds engines of those shapes, of one precision and optimisation level. rebuild: also where the bundle has them."""
+    first = keys[0]
+    batches = ",".join(str(batch) for batch in sorted({key.batch for key in keys}))
+    sizes = ",".join(f"{h}" if h == w else f"{h}x{w}" for h, w in sorted({(key.height, key.width) for key in keys}))
+    level = "" if first.opt_level is None else f" --opt-level {first.opt_level}"
+    again = " --rebuild" if rebuild else ""
+    return f"python export/to_trt.py {bundle} --batch {batches} --size {sizes} --precision {first.precision}{level}{again}"
 
 
 def _short(value: object) -> str:

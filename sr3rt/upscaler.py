@@ -270,7 +270,7 @@ class Upscaler:
         height, width = (padded(length, scale=scale, stride=stride) * scale for length in (rows, columns))
         sides = [tile] if isinstance(tile, int) else []
         if tile == "auto":  # those that have the least to do come first
-            known = sorted({one for one, other in sizes if one == other}, reverse=True) or SIDES
+            known = sorted({one for one, other in sizes if one == other}, reverse=True) if sizes else SIDES
             sides = sorted((one for one in known if one % unit == 0), key=lambda one: pixels(height, width, side=one, unit=unit))
         choices: list[int | None] = [one for one in sides if sizes or one < max(height, width)]
         if not choices or (not isinstance(tile, int) and (not sizes or (height, width) in sizes)):

@@ -140,6 +140,29 @@ def test_what_depends_on_x_alone_is_computed_once_for_each_picture() -> None:
     assert network.known == 5
 
 
+def test_a_picture_that_could_not_join_is_not_stepped(gpu: MakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu()
+    network, one, other = OnGpu(4, apart=True), *jobs(2)
+    engine, launch = on_gpu(network=network), network._launch
+
+    def failing(kernel: str, *arguments: Any) -> None:
+        if kernel == "known":
+            raise BackendError("planted")
+        launch(kernel, *arguments)
+
+    engine.join(one)
+    with monkeypatch.context() as planted:
+        planted.setattr(network, "_launch", failing)
+        with pytest.raises(BackendError, match="planted"):
+            engine.join(other)
+    states = np.empty(4, device.SLOT)
+    engine._stream.to_host(states, engine._states.address)
+    engine.wait()
+    assert engine.busy == 1 and states["rows"].tolist() == [len(one.table), 0, 0, 0]
+    (found,), wanted = run(engine, other), run(on_host(2), one, other)
+    assert np.array_equal(found, wanted[1])
+
+
 @pytest.mark.usefixtures("any_gpu")
 def test_a_bound_call_sees_that_x_is_another() -> None:
     network, x, y = OnGpu(1, 2, apart=True), *(np.stack([picture(i), picture(i + 1)]) for i in (0, 2))

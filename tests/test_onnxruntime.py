@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,30 @@ def result(network: Network, x: Floats, y: Floats) -> Floats:
 def test_the_shipped_model_has_what_depends_on_x_alone_apart(shipped: Bundle) -> None:
     assert {ONCE, STEP} < set(shipped.manifest.files)
     assert shipped.manifest.parity["parts net"]["worst"] <= 1e-6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("hoisted", [False, True])
+def test_no_later_call_takes_more_memory_than_the_first(hoisted: bool, shipped: Bundle) -> None:
+    """In a process of its own, since one's peak is that of all before."""
+    code = f"""
+import sys; from pathlib import Path; import numpy as np
+from sr3rt.backends import Request, onnxruntime; from sr3rt.bundle import Bundle
+
+def status(name):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+x = np.zeros((1, 3, 384, 384), np.float32)
+network = onnxruntime.load(Bundle.open({str(shipped.path)!r}), Request(threads=2), hoisted={hoisted})
+run = network.bind(x, x + 1, np.ones((1, 1), "f4"), x.copy())
+before = status("VmRSS")
+for i in range(3):
+    run()
+    x += 0.1
+    print(status("VmHWM") - before)
+"""
+    first, _, last = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert 20 < first <= last < 1.25 * first
 
 
 def test_parts_compute_what_the_whole_does_whenever_x_changes(shipped: Bundle) -> None:

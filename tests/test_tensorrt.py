@@ -228,6 +228,16 @@ def test_precision_and_device_are_what_was_asked_for(built: Path, put: Put) -> N
     assert sr3rt.load(built, device="cpu").network.backend == "native"
 
 
+def test_engines_of_no_square_do_their_own_size_by_default(bundle: Path, put: Put) -> None:
+    put(right)
+    engines = {name: key for name, key in Bundle.open(bundle).manifest.engines.items() if key["height"] == 96}
+    write_manifest(bundle, replace(Bundle.open(bundle).manifest, engines=engines))
+    up = sr3rt.load(bundle)
+    assert up.run(photograph(24, 16), seed=1)[0].image.shape == (96, 64, 3)
+    with pytest.raises(ImageError, match=r"no fp16 engine for a result of 64x64 .*, only for 96x64: build one with  .* --size 64x64"):
+        up.upscale(photograph(), seed=1)
+
+
 # --- refusals
 
 
@@ -283,9 +293,23 @@ def test_engines_of_another_gpu_are_refused_before_tensorrt_sees_them(bundle: Pa
     put(never)
     manifest = Bundle.open(bundle).manifest
     write_manifest(bundle, replace(manifest, engines={name: {**key, "capability": "8.6"} for name, key in manifest.engines.items()}))
-    with pytest.raises(EngineRefused, match=r"another GPU \(compute capability\): found 8\.6, expected 9\.0\. Build one with"):
+    with pytest.raises(EngineRefused, match=r"another GPU \(compute capability\): found 8\.6, expected 9\.0\. Build all such anew with"):
         load(Bundle.open(bundle), Request("tensorrt"))
     assert load(Bundle.open(bundle), Request()).backend == "native"
+
+
+def test_another_tensorrt_is_told_to_build_all_that_there_was(bundle: Path, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(right)
+    with monkeypatch.context() as before:
+        before.setattr(builder, "build", lambda graph, **options: b"engine")
+        to_trt(bundle, batch="2,8", size="64,96x64")
+    manifest = Bundle.open(bundle).manifest
+    write_manifest(bundle, replace(manifest, engines={name: {**key, "version": "1.0"} for name, key in manifest.engines.items()}))
+    command = "Build all such anew with .* --batch 1,2,8 --size 64,96x64 --precision fp16$"
+    with pytest.raises(
+        EngineRefused, match=rf"the engine fp16-step-.* is of another TensorRT version: found 1\.0, expected .*\. {command}"
+    ):
+        load(Bundle.open(bundle), Request("tensorrt"))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +317,8 @@ def test_engines_of_another_gpu_are_refused_before_tensorrt_sees_them(bundle: Pa
 )
 def test_an_engine_that_answers_wrongly_is_refused(built: Path, put: Put, part: str, factor: float, error: str) -> None:
     put(lambda plan: Wrong(KEYS[plan], factor, part))
-    with pytest.raises(EngineRefused, match=rf"the engine fp16-.*\.plan answers wrongly on this GPU: it differs .* by {error}"):
+    words = rf"the engine fp16-step-.*\.plan, or fp16-once-.*\.plan before it, answers wrongly on this GPU: it differs .* by {error}"
+    with pytest.raises(EngineRefused, match=f"{words}.* again here with .* --batch 1 --size 64 --precision fp16 --rebuild  or use"):
         sr3rt.load(built, backend="tensorrt")
     with pytest.warns(RuntimeWarning, match="backend tensorrt should have worked and is left out: .* answers wrongly on this GPU"):
         assert sr3rt.load(built).network.backend == "native"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,8 +21,8 @@ pytest.importorskip("tensorrt_rtx")
 import sr3rt  # noqa: E402
 from sr3rt.backends import Request, cuda, load, tensorrt  # noqa: E402
 from sr3rt.bundle import Bundle, write_manifest  # noqa: E402
-from sr3rt.engines import EngineKey  # noqa: E402
-from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, NonFiniteError, OptionError, ParityError  # noqa: E402
+from sr3rt.engines import EngineKey, command  # noqa: E402
+from sr3rt.errors import BackendError, BundleCorrupt, NonFiniteError, OptionError, ParityError  # noqa: E402
 from sr3rt.export import builder  # noqa: E402
 from sr3rt.export import to_trt as script  # noqa: E402
 from sr3rt.export.precision import half  # noqa: E402
@@ -150,6 +151,9 @@ def test_what_is_there_is_not_built_again_and_what_is_stale_goes(bundle: Path, i
     to_trt(bundle, batch="1,2", size="32", precision="fp32")
     to_trt(bundle, batch="2,4", size="32", precision="fp32")
     assert [call["batch"] for call in instant] == [1, 2, 4]
+    to_trt(bundle, batch="2", size="32", precision="fp32", rebuild=True)
+    assert [call["batch"] for call in instant[3:]] == [2]
+    assert len(Bundle.open(bundle).manifest.engines) == 3
     scaled(bundle, 1.01)
     to_trt(bundle, batch="8", size="32", precision="fp32")
     assert {EngineKey.of(key).batch for key in Bundle.open(bundle).manifest.engines.values()} == {8}
@@ -282,16 +286,23 @@ HERE = EngineKey("ab" * 32, "fp16", 4, 128, 96, "tensorrt", "10.16.1", "9.0", 58
         ("opt_level", 5, "optimisation level: found 5, expected 3"),
     ],
 )
-def test_an_engine_of_another_place_is_refused_with_the_difference_and_the_command(field: str, value: Any, words: str) -> None:
+def test_an_engine_of_another_place_differs(field: str, value: Any, words: str) -> None:
     found = replace(HERE, **{field: value})
-    command = "Build one with  python export/to_trt.py b --batch 4 --size 128x96 --precision fp16 --opt-level 3"
-    with pytest.raises(EngineRefused, match=f"{words}. {command}$"):
-        found.check(HERE, bundle="b")
+    assert re.fullmatch(rf"the engine {re.escape(found.name)} is of another {words}", found.difference(HERE) or "")
 
 
-def test_an_engine_of_this_place_is_not_refused() -> None:
-    HERE.check(HERE, bundle="b")
-    replace(HERE, capability="portable", driver=None).check(HERE, bundle="b")
+def test_an_engine_of_this_place_does_not_differ() -> None:
+    assert HERE.difference(HERE) is None
+    assert replace(HERE, capability="portable", driver=None).difference(HERE) is None
+
+
+def test_the_command_builds_every_engine_that_it_is_told() -> None:
+    keys = [HERE, replace(HERE, batch=8, height=96), replace(HERE, batch=1)]
+    expected = "python export/to_trt.py b --batch 1,4,8 --size 96,128x96 --precision fp16 --opt-level 3"
+    assert command(keys, bundle="b") == expected
+    assert command([replace(HERE, opt_level=None)], bundle="b", rebuild=True).endswith(
+        " --batch 4 --size 128x96 --precision fp16 --rebuild"
+    )
 
 
 @pytest.mark.parametrize("broken", [{"batch": "4"}, {"driver": "580"}, {"onnx_sha256": None}, {"wings": 2}])

@@ -213,8 +213,6 @@ class DeviceEngine:
         self._x_staged.array[n] = job.x
         self._states_staged.array[n] = (job.seed, self._table(job).address, len(job.table), 0, 0, *job.corner, 0)
         stream.to_device(stage.x + n * stage.picture, self._x_staged.array[n])
-        stream.to_device(self._states.address + n * SLOT.itemsize, self._states_staged.array[n : n + 1])
-        self._sent[n].record(stream)
         stream.clear(stage.x0 + n * stage.picture, stage.picture)
         if stage.once:
             begin, end = self._marks_once[n]
@@ -222,6 +220,9 @@ class DeviceEngine:
             stage.know(n)
             end.record(stream)
             self._known.add(n)
+        # After what may fail: a slot with rows steps.
+        stream.to_device(self._states.address + n * SLOT.itemsize, self._states_staged.array[n : n + 1])
+        self._sent[n].record(stream)
         self._gpu.launch("sr3_start", (stage.blocks, 1), THREADS, (stage.y, self._states.address, n, *shape), stream)
         self._slots.append(Slot(job))
 

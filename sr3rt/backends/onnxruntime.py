@@ -93,6 +93,7 @@ def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.enable_mem_pattern = False  # for which the second call takes as much memory again as the first
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads would take the loop's processors
     beside = {WEIGHTS, WEIGHTS_BEFORE}.intersection(bundle.manifest.files if name in (NETWORK, ONCE, STEP) else ())
     weights = {file: bundle.read(file) for file in beside}

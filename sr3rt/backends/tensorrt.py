@@ -18,9 +18,9 @@ from sr3rt.backends.cuda import Gpu, Stream
 from sr3rt.backends.device import Enqueue
 from sr3rt.backends.on_device import OnDevice, gpu_index, no_gpu
 from sr3rt.bundle import GOLDEN, GRAPHS, Bundle
-from sr3rt.engines import EngineKey
+from sr3rt.engines import EngineKey, command
 from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, ImageError, MissingExtra
-from sr3rt.golden import check
+from sr3rt.golden import difference
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 PRECISIONS = ("fp16", "fp32")  # "auto" takes the first that there is
@@ -107,36 +107,43 @@ def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
         else:
             engines.setdefault(size, {})[key.batch] = engine
     network = TensorRTNetwork(gpu, engines, once, keys[0].precision)
-    _compare(bundle, network, [key for key in keys if key.part != "once"])
+    _compare(bundle, network, keys)
     return network
 
 
 def _fitting(bundle: Bundle, request: Request, gpu: Gpu) -> list[EngineKey]:
     """The engines of one precision that may run here: one for each shape, of the whole network or of what is left for each step; with
-    these, one for each size, of the rest. Raises BackendError, EngineRefused (why the first may not).
+    these, one for each size, of the rest. Raises BackendError, EngineRefused (why the first may not, and how all that may not are built).
     """
     trt, name = module()[0], flavour()
     refused: EngineRefused | None = None
     for precision in PRECISIONS if request.precision == "auto" else (request.precision,):
         found: dict[tuple[str, Size, int], EngineKey] = {}
-        for content in bundle.manifest.engines.values():
-            key = EngineKey.of(content)
-            if key.precision != precision:
-                continue
+        differences: dict[EngineKey, str] = {}
+        for key in (key for key in map(EngineKey.of, bundle.manifest.engines.values()) if key.precision == precision):
             digest = bundle.manifest.files.get(GRAPHS.get((precision, key.part), ""), {}).get("sha256", "none")
             capability = ".".join(map(str, gpu.capability))
             here = replace(key, onnx_sha256=digest, flavour=name, version=str(trt.__version__), capability=capability, driver=gpu.driver)
-            try:
-                key.check(here, bundle=bundle.path)
-            except EngineRefused as error:
-                refused = refused or error
-                continue
-            found[key.part, (key.height, key.width), key.batch] = key
+            if difference := key.difference(here):
+                differences[key] = difference
+            else:
+                found[key.part, (key.height, key.width), key.batch] = key
         if fitting := [key for (part, size, batch), key in found.items() if _completed(part, size, batch, found)]:
             return fitting
+        refused = refused or _refused(bundle, differences)
     if refused:
         raise refused
     raise BackendError(_absent(bundle, request))
+
+
+def _refused(bundle: Bundle, differences: Mapping[EngineKey, str]) -> EngineRefused | None:
+    """The error that tells the first difference, and what builds every engine that has one."""
+    steps = [key for key in differences if key.part != "once"] or [*differences]  # with which what they take is built
+    alike = [key for key in steps if key.opt_level == steps[0].opt_level]
+    if not alike:
+        return None
+    each = "it" if len(alike) == 1 else "all such"
+    return EngineRefused(f"{differences[alike[0]]}. Build {each} anew with  {command(alike, bundle=bundle.path)}")
 
 
 def _completed(part: str, size: Size, batch: int, found: Collection[tuple[str, Size, int]]) -> bool:
@@ -163,12 +170,18 @@ def _deserialised(bundle: Bundle, key: EngineKey, gpu: Gpu) -> Any:
 def _compare(bundle: Bundle, network: TensorRTNetwork, keys: list[EngineKey]) -> None:
     """Engines that answer wrongly, and say nothing, exist. Raises EngineRefused, BundleCorrupt."""
     golden = json.loads(bundle.read(GOLDEN)) if GOLDEN in bundle.manifest.files else {}
-    for key in keys:
+    once = {(key.height, key.width): f", or {key.name} before it," for key in keys if key.part == "once"}
+    for key in (key for key in keys if key.part != "once"):
         if key.name not in golden:
             raise BundleCorrupt(
                 f"{bundle.path} does not say what {key.name} should answer: build it again with  python export/to_trt.py {bundle.path}"
             )
-        check(network, bundle.manifest, key, golden[key.name])
+        if wrong := difference(network, bundle.manifest, key, golden[key.name]):
+            before = once.get((key.height, key.width), "") if key.part == "step" else ""
+            raise EngineRefused(
+                f"the engine {key.name}{before} answers wrongly on this GPU: {wrong}. Build it again here with  "
+                f"{command([key], bundle=bundle.path, rebuild=True)}  or use device='cpu'"
+            )
 
 
 class TensorRTNetwork(OnDevice):
