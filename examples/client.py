@@ -36,7 +36,7 @@ def main() -> None:
         "--previews", type=int, default=0, help="write NAME-STEP, in the format of the result, every so many steps (stream only)"
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds until the answer, waiting included; 600 otherwise")
-    for name, kind in (("steps", int), ("seed", int), ("sampler", str)):
+    for name, kind in (("steps", int), ("seed", str), ("sampler", str)):
         parser.add_argument(f"--{name}", type=kind)
     options = parser.parse_args()
     if options.output.suffix.lower() not in FORMATS:

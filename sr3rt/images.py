@@ -21,7 +21,20 @@ from sr3rt.decoding import Limits, open_header, read_bytes, reason, too_large
 from sr3rt.errors import ImageError, ImageTooLarge
 from sr3rt.transparency import reveal
 
-__all__ = ["Condition", "ImageLike", "Limits", "Picture", "Restored", "check_shape", "check_size", "condition", "padded", "read", "restore"]
+__all__ = [
+    "Condition",
+    "ImageLike",
+    "Limits",
+    "Picture",
+    "Restored",
+    "check_shape",
+    "check_size",
+    "condition",
+    "in_8_bits",
+    "padded",
+    "read",
+    "restore",
+]
 
 Restored = Image.Image | NDArray[Any]
 
@@ -289,6 +302,13 @@ def restore(picture: Picture, y0: NDArray[np.float32], *, scale: int) -> Restore
     if picture.icc:
         image.info["icc_profile"] = picture.icc
     return image
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """A result of mode I;16, which Pillow would cut off at 255, or F in [0,1], which it would cut down to 0 and 1; others as they are."""
+    if image.mode not in ("I;16", "F"):
+        return image
+    return Image.fromarray(_quantised(_unit(np.asarray(image)), np.dtype(np.uint8)))
 
 
 def _pad(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +17,7 @@ from sr3rt.bench import Row
 from sr3rt.bundle import Bundle
 from sr3rt.engines import EngineKey
 from sr3rt.errors import SR3Error
-from sr3rt.images import Picture, condition, restore
+from sr3rt.images import Picture, condition, in_8_bits, restore
 
 
 def describe(path: Path) -> Table:
@@ -105,12 +104,7 @@ def side_by_side(picture: Picture, result: Image.Image) -> Image.Image:
 def _rgb(image: Any) -> Image.Image:
     """8 bits per channel, without alpha."""
     assert isinstance(image, Image.Image)
-    if image.mode == "I;16":  # which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    elif image.mode == "F":  # in [0,1], which Pillow would cut down to 0 and 1
-        image = Image.fromarray(np.round(255 * np.clip(np.asarray(image), 0, 1)).astype(np.uint8))
-    rgb: Image.Image = image.convert("RGB")
-    return rgb
+    return in_8_bits(image).convert("RGB")
 
 
 def _short(value: object) -> str:

@@ -16,7 +16,7 @@ from sr3rt.durable import write_atomic
 from sr3rt.errors import ImageError
 from sr3rt.images import Picture, Restored, check_shape
 
-__all__ = ["SUFFIXES", "check", "check_target", "encode", "save"]
+__all__ = ["SUFFIXES", "check", "check_target", "encode", "holds", "save"]
 
 # Pillow's name of a format: the modes that it gives back as they were.
 _COLOUR = ("L", "LA", "RGB", "RGBA")
@@ -105,10 +105,15 @@ def check_target(picture: Picture, path: Path, *, scale: int) -> None:
         raise ImageError(f"{path}: {kind} holds sides of up to {longest} pixels, the result has {result}: write it as .png")
 
 
+def holds(mode: str, kind: str) -> bool:
+    """Whether format `kind` can hold a picture of that mode."""
+    return mode in _MODES[kind]
+
+
 def check(mode: str, kind: str) -> None:
     """Raises ImageError, saying what could, where format `kind` cannot hold a picture of that mode."""
-    if mode not in _MODES[kind]:
-        fitting = ", ".join(suffix for suffix, other in SUFFIXES.items() if mode in _MODES[other])
+    if not holds(mode, kind):
+        fitting = ", ".join(suffix for suffix, other in SUFFIXES.items() if holds(mode, other))
         raise ImageError(f"{kind} cannot hold a picture of mode {mode}; write it as {fitting or 'another mode'}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"the folder {path} cannot be made ({error.strerror}): give -o another name") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OptionError(f"the folder {path} may not be written to: give -o another")
 
 
 def _seen(path: Path) -> bool:

@@ -129,6 +129,14 @@ def test_what_a_format_cannot_hold_is_said_before_the_work(
     assert status == 1 and re.search(words, said)
 
 
+def test_a_folder_that_may_not_be_written_to_is_refused_before_any_work(upscale: Command, photos: Path, read_only: Path) -> None:
+    assert upscale("-i", photos / "a.png", "-o", read_only) == (
+        1,
+        "",
+        f"sr3rt: the folder {read_only} may not be written to: give -o another\n",
+    )
+
+
 def test_neither_a_file_nor_a_folder(upscale: Command, tmp_path: Path) -> None:
     assert upscale("-i", "/dev/null", "-o", tmp_path)[2] == "sr3rt: /dev/null is neither a picture file nor a folder of pictures\n"
 
@@ -224,7 +232,7 @@ def test_compare_shows_input_bicubic_and_result(mode: str, upscale: Command, tmp
     assert (pixels[:, 40:44] == 255).all()
     bicubic = Image.fromarray(shown.astype(np.uint8)).resize((40, 24), Image.Resampling.BICUBIC)
     assert abs(pixels[:, 44:84, 0] - np.asarray(bicubic).astype(int)).max() <= 1
-    result = np.asarray(Image.open(tmp_path / "out.png")).astype(int) // (257 if mode == "I;16" else 1)
+    result = np.round(np.asarray(Image.open(tmp_path / "out.png")) / (257 if mode == "I;16" else 1)).astype(int)
     assert (pixels[:, 88:, 0] == (result if result.ndim == 2 else result[..., 0])).all()
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sr3rt.errors import OptionError
+from sr3rt.serving import shared_memory
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.server import Address, listening
 
@@ -41,6 +44,15 @@ def test_a_setting_that_makes_no_sense_is_refused(given: dict[str, Any], message
 
 def test_the_least_that_can_be_set_is_taken() -> None:
     assert Configuration(slots=1, slot_pixels=1, max_requests=1, max_pixels=1, max_file_bytes=1, drain_s=0)
+
+
+def test_no_more_is_taken_on_than_answers_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shared_memory.most_pixels(1) == 1
+    assert shared_memory.too_little(1) is None
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=2**14, f_frsize=2**12))
+    assert shared_memory.most_pixels(2**26) == 2**23
+    found = ".* has room for the answers of 8388608 pixels at a time, .* for max_pixels, 67108864, give it 0.5 GiB"
+    assert re.match(found, shared_memory.too_little(2**26) or "")
 
 
 @pytest.mark.parametrize(

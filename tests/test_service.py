@@ -214,10 +214,22 @@ def test_a_header_that_promises_too_much_is_refused_before_a_pixel_is_decoded(se
     assert time.process_time() - started < 1  # decoding takes many
 
 
+def test_deep_grey_is_given_as_pixels_of_8_bits(service: Service) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    expected = ask(service, png(grey), format="pixels", seed=1).image
+    for deep, kind in ((grey.astype(np.uint16) * 257, "PNG"), (grey.astype(np.float32) / 255, "TIFF")):
+        found = ask(service, png(deep, kind), format="pixels", seed=1).image
+        assert isinstance(found, np.ndarray) and isinstance(expected, np.ndarray)
+        assert found.shape == expected.shape == (32, 32, 1)
+        assert np.abs(found.astype(int) - expected).max() <= 2  # of 8 bits the bicubic is rounded twice
+    with pytest.raises(ImageError, match="png cannot hold a picture of mode F: ask for format pixels"):
+        ask(service, png(grey.astype(np.float32) / 255, "TIFF"))
+
+
 def test_damage_behind_the_header_is_told_later(service: Service) -> None:
     with pytest.raises(ImageError, match="damaged"):
         ask(service, png()[:-40])
-    with pytest.raises(ImageError, match="JPEG cannot hold a picture of mode RGBA"):
+    with pytest.raises(ImageError, match="jpeg cannot hold a picture of mode RGBA: ask for format png or webp or pixels"):
         ask(service, png(np.zeros((4, 4, 4), np.uint8)), format="jpeg")
     with pytest.raises(ImageError, match="the 3 bytes given are none"):
         service.submit(b"???", Query.parse({"base64": True}), Replies())

@@ -41,9 +41,10 @@ except ModuleNotFoundError as error:
 _MODEL = "/v2/models/(sr3|sr3_stream)(/versions/[0-9]{1,9})?"
 OFFERED = {
     "GET": re.compile(f"/v2/?|/v2/health/(live|ready)|/v2/models/stats|{_MODEL}(/(ready|config|stats))?"),
-    "POST": re.compile(f"{_MODEL}/(infer|generate|generate_stream)"),
+    "POST": re.compile(f"{_MODEL}/(infer|generate_stream)|/v2/models/sr3(/versions/[0-9]{{1,9}})?/generate"),
 }
-"""Methods and paths; every other, Triton's control of models, shared memory, traces and logs among them, is answered 404."""
+"""Methods and paths; every other, Triton's control of models, shared memory, traces and logs among them, is answered 404. `generate` of
+sr3_stream is none: Triton answers 200 to it, with an error."""
 
 HEAD = "Inference-Header-Content-Length"  # Triton's: bytes of JSON before the tensors' own
 OVERHEAD = 2**16  # bytes of a body beside the picture
@@ -213,6 +214,9 @@ class Guard:
         limit = self._bounds.body
         if (request.content_length or 0) > limit:
             raise ImageTooLarge(f"the body has {request.content_length} bytes; the limit is {limit}")
+        if request.headers.get("Expect", "").lower() == "100-continue":  # as curl asks before a body of a megabyte, and waits a second
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
         body = bytearray()
         try:
             async for part in request.content.iter_any():

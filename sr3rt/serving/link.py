@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sr3rt.errors import Stopped
+from sr3rt.serving.scratch import MEETING
 from sr3rt.serving.service import Handle
 
 Message = tuple[dict[str, Any], bytes]
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(server_pid: int) -> Path:
-    """Where the models of a server meet, which is running.
+    """Where the models of a server meet, which is running and was not told where.
 
     A process id is not enough: in every container Triton has the same, and a temporary folder outlives it or is shared.
     """
@@ -52,7 +53,8 @@ def folder_of(server_pid: int) -> Path:
 
 def address(model: str) -> str:
     """Where the model listens: known to all models of one server, whose parent process is the same. Raises Stopped."""
-    folder = folder_of(os.getppid())
+    given = os.environ.get(MEETING)
+    folder = Path(given) if given else folder_of(os.getppid())
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()

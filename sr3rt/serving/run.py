@@ -13,11 +13,12 @@ from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.guard import Bounds, Guard
 from sr3rt.serving.scratch import Scratch
 from sr3rt.serving.server import Address, Server, write_repository
+from sr3rt.serving.shared_memory import too_little
 
 START = 120.0  # seconds for a bundle to load
 EVERY = 2.0  # seconds between probes
 SILENT = 150.0  # seconds for a probe's answer: longer than a step of a large picture
-SLACK = 10  # seconds that Triton has beside drain_s, and this process beside Triton
+SLACK = 10  # seconds that Triton has to end in when its requests have, or drain_s is over
 AT_ONCE = 1.0  # seconds to stop in for a server that has nothing in hand, or is ill
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RESTARTS, WITHIN = 3, 300.0  # more restarts than that in so many seconds, and it is given up
@@ -28,8 +29,9 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
 
     Raises OptionError, and BackendError when the server cannot be started, or dies again and again.
     """
+    if found := too_little(configuration.max_pixels):
+        say(f"warning: {found}")
     scratch = Scratch()
-    triton_has = configuration.drain_s + SLACK
     stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -41,7 +43,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
         with Guard(address, Bounds.of(configuration)) as guard:
             deaths: list[float] = []
             while not stopping.is_set():
-                with Server(repository, arguments=["--log-info=false", f"--exit-timeout-secs={triton_has}"]) as server:
+                with Server(repository, arguments=["--log-info=false", f"--exit-timeout-secs={max(1, configuration.drain_s)}"]) as server:
                     guard.triton = server.ports
                     if not server.ready(within=START, stopping=stopping):
                         server.stop(patience=AT_ONCE)
@@ -50,7 +52,7 @@ def run(configuration: Configuration, address: Address, *, say: Callable[[str], 
                     why = _watch(server, stopping)
                     guard.triton = None
                     if why is None:
-                        server.stop(patience=triton_has + SLACK)
+                        server.stop(patience=configuration.drain_s + SLACK)
                         break
                     log = server.log(4000)
                     server.stop(patience=AT_ONCE)  # it would wait for requests that nobody works on

@@ -26,8 +26,7 @@ import numpy as np
 
 from sr3rt.errors import BackendError, MissingExtra, OptionError
 from sr3rt.serving.configuration import Configuration
-from sr3rt.serving.link import folder_of
-from sr3rt.serving.scratch import Scratch
+from sr3rt.serving.scratch import MEETING, Scratch
 
 REPOSITORY = Path(__file__).parent / "triton_repo"
 """The model repository that comes with sr3rt: `triton_repo/`."""
@@ -123,13 +122,12 @@ class Server:
             tie = [sys.executable, "-IS", str(TIED), str(os.getpid())]
             self._process = subprocess.Popen(
                 [*tie, *command, f"--model-repository={repository}", *listen, *shared, *arguments],
-                env=environment,
+                env={**environment, MEETING: str(self._scratch.meeting)},
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=[self._scratch.fileno()],  # it may outlive this process, and needs the folder
             )
-            self._scratch.owns(folder_of(self._process.pid))
         except BaseException:
             self._scratch.remove()
             raise
@@ -166,7 +164,10 @@ class Server:
     def log(self, characters: int) -> str:
         """The end of the server's warnings and errors, and of what the models printed."""
         self._log.flush()
-        lines = (self._scratch.path / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = (self._scratch.path / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            return f"its log cannot be read: {error}"
         return "\n".join(line for line in lines if not re.match(r"[|+]|I\d{4} |$", line))[-characters:]
 
     def stop(self, *, patience: float = 60.0) -> None:

@@ -21,10 +21,10 @@ from sr3rt import memory
 from sr3rt.backends import Floats
 from sr3rt.decoding import open_header
 from sr3rt.errors import Cancelled, ImageError, ImageTooLarge, OptionError, Overloaded, SR3Error, Stopped
-from sr3rt.images import Picture, read
+from sr3rt.images import Picture, in_8_bits, read
 from sr3rt.options import seeds
 from sr3rt.refinement import Plan, Task
-from sr3rt.saving import check, encode
+from sr3rt.saving import encode, holds
 from sr3rt.serving.admission import Admission, Place
 from sr3rt.serving.batcher import Batcher, Joins
 from sr3rt.serving.counts import Counts
@@ -237,8 +237,7 @@ class _Request:
             if self.handle.cancelled:
                 raise Cancelled("cancelled before it began")
             self._task: Task = service._task(self._image, self._plan, seed=self._seed)
-            if self._format != "pixels":
-                check(self._task.picture.mode, self._format.upper())
+            self._check_format(self._task.picture.mode)
             ticket = service._batcher.submit(
                 self._task.job,
                 priority=query.priority,
@@ -252,6 +251,12 @@ class _Request:
         self._ticket = ticket
         self.handle.begin(ticket)
         ticket.future.add_done_callback(lambda _: service._pool.submit(self._finish))
+
+    def _check_format(self, mode: str) -> None:
+        """Raises ImageError where the answer's format cannot hold a picture of that mode."""
+        if self._format != "pixels" and not holds(mode, self._format.upper()):
+            fitting = [one for one in ("png", "webp", "jpeg") if holds(mode, one.upper())]
+            raise ImageError(f"{self._format} cannot hold a picture of mode {mode}: ask for format {' or '.join([*fitting, 'pixels'])}")
 
     def _on_step(self, step: int, steps: int, prediction: Callable[[], Floats]) -> None:
         """On the batcher's thread. A preview is left out while the one before has not gone out."""
@@ -292,7 +297,7 @@ class _Request:
 
     def _encoded(self, image: Image.Image | NDArray[np.uint8], provenance: dict[str, str] | None = None) -> Encoded:
         if self._format == "pixels":
-            pixels = np.asarray(image, np.uint8)
+            pixels = image if isinstance(image, np.ndarray) else np.asarray(in_8_bits(image))
             return pixels if pixels.ndim == 3 else pixels[..., None]
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)

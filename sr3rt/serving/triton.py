@@ -8,9 +8,11 @@ returned. Importable only in Triton's python stub, which brings `triton_python_b
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.meters import Meters
 from sr3rt.serving.query import Query
 from sr3rt.serving.service import Encoded, Handle, Reply, Service
+from sr3rt.serving.shared_memory import most_pixels, too_little
 from sr3rt.upscaler import load
 
 WATCH = 0.1  # seconds between looks at which requests were cancelled
@@ -48,7 +51,7 @@ class Core:
         config = Configuration.read(args["model_config"])
         limits = Limits(file_bytes=config.max_file_bytes)
         upscaler = load(
-            config.bundle or None,
+            os.fsdecode(config.bundle.encode()) or None,  # Triton's stub takes names of files for ASCII
             backend=config.backend,
             precision=config.precision,
             device=config.device,
@@ -56,7 +59,10 @@ class Core:
             limits=limits,
         )
         self._drain = config.drain_s
-        self._service = Service(upscaler, config.settings)
+        if found := too_little(config.max_pixels):
+            pb.Logger.log_warn(found)
+        settings = replace(config.settings, pixels=most_pixels(config.max_pixels))
+        self._service = Service(upscaler, settings)
         self._service.probe()
         self._watch = _Watch()
         self._meters = Meters(args["model_name"], self._service)

@@ -96,6 +96,7 @@ def test_what_tells_of_the_server_and_its_models_passes_unchanged(triton: Any, p
         ("POST", "/v2/models/sr3/trace/setting"),
         ("POST", "/v2/logging"),
         ("POST", "/v2/models/other/infer"),
+        ("POST", "/v2/models/sr3_stream/generate"),
         ("GET", INFER),
         ("DELETE", INFER),
         ("POST", "/v2"),
@@ -151,6 +152,16 @@ def test_the_bound_of_a_body_follows_from_the_largest_picture() -> None:
     assert Bounds.of(Configuration()).body == 5 * 2**24 + 2**16
     assert Bounds.of(Configuration(max_file_bytes=10)).body == 5 * 4 * 2**26 // 16 + 2**16
     assert Bounds.of(Configuration(max_file_bytes=1000, max_pixels=16)).body == 5 * 1000 + 2**16
+
+
+def test_who_asks_whether_to_go_on_is_answered(triton: Any) -> None:
+    body = json.dumps({"inputs": [PIXEL], "parameters": {"steps": 1}}).encode()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection((triton.address.host, triton.address.http), timeout=30) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 def test_a_body_over_the_bound_is_refused_before_it_is_read(unharmed: Any) -> None:

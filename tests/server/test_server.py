@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from sr3rt.errors import BackendError, OptionError
 from sr3rt.serving.configuration import Configuration
 from sr3rt.serving.guard import Bounds, Guard
 from sr3rt.serving.server import Server, write_repository
+from sr3rt.upscaler import SHIPPED
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
 LARGE = np.zeros((60, 60, 3), np.uint8)
@@ -137,6 +139,12 @@ def test_a_repository_names_what_differs_from_the_default(tmp_path: Path) -> Non
     assert 'key: "max_requests" value: { string_value: "5" }' in front
     with pytest.raises(OptionError, match="exists: give a folder that does not"):
         write_repository(tmp_path / "models", Configuration())
+
+
+def test_a_bundle_may_have_any_name(tmp_path: Path) -> None:
+    bundle = shutil.copytree(SHIPPED, tmp_path / "grün 日本 'x'")
+    with Server(write_repository(tmp_path / "models", Configuration(bundle=str(bundle)))) as server:
+        assert server.ready(within=60)
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [("bundle", "/nowhere", "/nowhere"), ("backend", "tpu", "unknown backend 'tpu'")])

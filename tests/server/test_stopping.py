@@ -18,6 +18,7 @@ import pytest
 from asking import eventually, free_address, gone
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from sr3rt.errors import OptionError
 from sr3rt.serving.scratch import SHARED_MEMORY, Scratch, sweep
 
 
@@ -112,19 +113,27 @@ def test_what_is_killed_leaves_no_process_and_the_next_removes_its_files(folder:
         for one in (triton, *models):
             eventually(lambda one=one: gone(one), 60)  # type: ignore[misc]
     left = list((folder / "tmp").iterdir())
-    assert len(left) == 3  # Triton's, the repository's, and where the models meet
+    assert len(left) == 2  # Triton's and the repository's
     eventually(lambda: (sweep(), list((folder / "tmp").iterdir()))[1] == [])  # type: ignore[func-returns-value]
     assert not [shared for one in left for shared in SHARED_MEMORY.glob(f"{one.name}*")]
 
 
-def test_what_is_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "sr3rt-serve-another").mkdir()  # which nobody is known to have left
-    used = Scratch()
+def test_what_is_in_use_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    (folder / "sr3rt-serve-left").mkdir()
+    used, other = Scratch(), Scratch()
     with subprocess.Popen(["sleep", "60"], pass_fds=[used.fileno()]) as heir:
-        used._lock.close()
+        os.close(used._lock)
         sweep()
-        assert used.path.is_dir()
+        assert set(folder.iterdir()) == {used.path, other.path}
         heir.kill()
-    Scratch().remove()
-    assert [path.name for path in tmp_path.iterdir()] == ["sr3rt-serve-another"]
+    other.remove()
+    sweep()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "grün", "a;b", "a" * 60])
+def test_a_temporary_folder_that_triton_cannot_use_is_refused(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / name))
+    with pytest.raises(OptionError, match="set TMPDIR to another"):
+        Scratch()
