@@ -2,7 +2,7 @@
 
 ema.downs.0.weight     a network like the other one, under a wrapper with "ema" in its name (lucidrains', timm's)
 model_ema.downs0weight the parameters by their names without the dots (CompVis' LitEma)
-ema.shadow_params.0    a list of the parameters in their order (torch_ema, diffusers)
+ema.shadow_params.0    a list of the parameters in their order (torch_ema, diffusers), or one called "ema" itself
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-SHADOWS = "shadow_params"
-_INDEX = re.compile(rf"((?:.*\.)?{SHADOWS}\.)\d+")
+_INDEX = re.compile(r"((?:.*\.)?([^.]+)\.)\d+")
+
+
+def says_so(name: str) -> bool:
+    """Whether what is called that, a list as well, holds an average."""
+    return name == "shadow_params" or "ema" in name.lower().split("_")
 
 
 def averaged(prefixes: Sequence[str]) -> list[str]:
@@ -22,7 +26,7 @@ def averaged(prefixes: Sequence[str]) -> list[str]:
     shared = 0
     while len(parts) > 1 and len({tuple(part[: shared + 1]) for part in parts}) == 1:
         shared += 1
-    found = [prefix for prefix, part in zip(prefixes, parts, strict=True) if "ema" in "_".join(part[shared:]).lower().split("_")]
+    found = [prefix for prefix, part in zip(prefixes, parts, strict=True) if any(map(says_so, part[shared:]))]
     return averaged(found) if 1 < len(found) < len(prefixes) else found
 
 
@@ -33,7 +37,7 @@ def beside(tensors: Mapping[str, Tensor], first: str) -> dict[str, dict[str, Ten
     """
     dotless = first.replace(".", "")
     heads = {key.removesuffix(dotless) for key in tensors if key.endswith(dotless)}
-    heads |= {match[1] for key in tensors if (match := _INDEX.fullmatch(key))}
+    heads |= {match[1] for key in tensors if (match := _INDEX.fullmatch(key)) and says_so(match[2])}
     return {head: {key.removeprefix(head): value for key, value in tensors.items() if key.startswith(head)} for head in sorted(heads)}
 
 

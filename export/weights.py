@@ -11,14 +11,22 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sr3rt.errors import CheckpointError, MissingExtra
-from sr3rt.export.averages import SHADOWS
+from sr3rt.export.averages import says_so
 
+# NumPy's numbers, as a loss beside the weights: what makes them runs nothing. NumPy 2 gave it another name.
+_SCALAR = np.float64(0).__reduce__()[0]
+NUMBERS: list[Any] = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLefd"),
+]
 OPTIMIZER_KEYS = {"optimizer", "scheduler", "epoch", "iter"}
 EXPECTED = "expected a checkpoint that torch.save wrote (.pth, .pt, .ckpt) or a .safetensors file"
 # what torch.load raises for damaged files, besides UnpicklingError
@@ -114,7 +122,8 @@ def load_pickled(path: Path) -> Weights:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on pickle protocols; what cannot be read raises
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(NUMBERS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         names = foreign_globals(path)
         if names:
@@ -140,8 +149,9 @@ def flattened(content: Mapping[object, object], prefix: str = "") -> Iterator[tu
             yield f"{prefix}{name}", value.detach()
         elif isinstance(value, Mapping) and not str(name).startswith(("optimizer", "scheduler")):
             yield from flattened(value, f"{prefix}{name}.")
-        elif name == SHADOWS and isinstance(value, (list, tuple)):
-            yield from flattened(dict(enumerate(value)), f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)) and says_so(str(name)):
+            named = all(isinstance(item, tuple) and len(item) == 2 for item in value)  # as named_parameters() gives them
+            yield from flattened(dict(value if named else enumerate(value)), f"{prefix}{name}.")
 
 
 def not_weights(path: Path, content: Mapping[object, object]) -> str:

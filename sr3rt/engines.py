@@ -87,7 +87,7 @@ def command(keys: Sequence[EngineKey], *, bundle: object, rebuild: bool = False)
     sizes = ",".join(f"{h}" if h == w else f"{h}x{w}" for h, w in sorted({(key.height, key.width) for key in keys}))
     level = "" if first.opt_level is None else f" --opt-level {first.opt_level}"
     again = " --rebuild" if rebuild else ""
-    return f"python export/to_trt.py {bundle} --batch {batches} --size {sizes} --precision {first.precision}{level}{again}"
+    return f"python -m sr3rt.export.to_trt {bundle} --batch {batches} --size {sizes} --precision {first.precision}{level}{again}"
 
 
 def _short(value: object) -> str:

@@ -53,6 +53,14 @@ def torch_ema_beside(last: OrderedDict[str, torch.Tensor], average: OrderedDict[
     return {**bare, "ema": torch_ema(last, average)["ema"]}
 
 
+def in_a_list(last: OrderedDict[str, torch.Tensor], average: OrderedDict[str, torch.Tensor]) -> dict:
+    return {"model": last, "model_ema": list(of_parameters(average).values())}
+
+
+def in_pairs(last: OrderedDict[str, torch.Tensor], average: OrderedDict[str, torch.Tensor]) -> dict:
+    return {"model": last, "ema": [*average.items()]}
+
+
 def lit_ema(last: OrderedDict[str, torch.Tensor], average: OrderedDict[str, torch.Tensor]) -> dict:
     dotless = {f"model_ema.{key.replace('.', '')}": value for key, value in of_parameters(average).items()}
     kept = {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(3, dtype=torch.int)}
@@ -69,6 +77,8 @@ DDPM = JanspiryConfig("ddpm", inner=8, multipliers=(1, 2), blocks=1, attention=(
         (lucidrains, "'ema.ema_model.denoise_fn.', not those under 'model.denoise_fn.', 'ema.online_model.denoise_fn.'"),
         (torch_ema, "'ema.shadow_params.', not those under 'model.denoise_fn.'"),
         (torch_ema_beside, "'ema.shadow_params.', not those under ''"),
+        (in_a_list, "'model_ema.', not those under 'model.denoise_fn.'"),
+        (in_pairs, "'ema.denoise_fn.', not those under 'model.denoise_fn.'"),
         (lit_ema, "'state_dict.model_ema.denoise_fn', not those under 'state_dict.model.denoise_fn.'"),
     ],
 )

@@ -352,6 +352,12 @@ class Payload:
         return os.mkdir, (self.target,)
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_numbers_of_numpy_beside_the_weights_are_no_code(tmp_path, file, new):
+    content = {**tiny_state(), "loss": np.float64(0.3), "step": np.int64(7), "mixed": [np.float32(1), np.bool_(True)]}
+    assert read(file(content, _use_new_zipfile_serialization=new), **FLAGS).net
+
+
 @pytest.mark.parametrize("form", ["zip", "old", "plain"])
 def test_code_in_a_file_is_not_run(tmp_path, file, form):
     target = tmp_path / "was_run"

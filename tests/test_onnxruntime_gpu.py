@@ -119,7 +119,7 @@ def test_a_gpu_that_is_not_there_is_named(on_host: Cuda) -> None:
 
 
 def test_a_bundle_without_half_precision_is_refused(on_host: Cuda) -> None:
-    with pytest.raises(BackendError, match=r"has no network in fp16: make it with  python export/to_trt\.py"):
+    with pytest.raises(BackendError, match=r"has no network in fp16: make it with  python -m sr3rt\.export\.to_trt"):
         load(Bundle.open(Path(SHIPPED)), Request("onnxruntime", "fp16", "cuda"))
 
 

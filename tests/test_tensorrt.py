@@ -273,7 +273,7 @@ def test_what_it_cannot_do_is_refused(built: Path, put: Put, options: dict[str, 
 
 def test_a_bundle_without_engines_says_how_to_build_one(put: Put) -> None:
     put(right)
-    with pytest.raises(BackendError, match=rf"has no TensorRT engine: build one with  python export/to_trt\.py {SHIPPED}$"):
+    with pytest.raises(BackendError, match=rf"has no TensorRT engine: build one with  python -m sr3rt\.export\.to_trt {SHIPPED}$"):
         load(Bundle.open(SHIPPED), Request("tensorrt"))
     assert load(Bundle.open(SHIPPED), Request()).backend == "native"  # auto takes what there is
 

@@ -238,7 +238,7 @@ def test_what_float16_cannot_hold_is_refused_and_the_bundle_stays(factor: float,
 
 
 def test_onnxruntime_runs_the_float16_network_when_asked(bundle: Path, instant: list[dict[str, Any]]) -> None:
-    with pytest.raises(BackendError, match=r"has no network in fp16: make it with  python export/to_trt\.py"):
+    with pytest.raises(BackendError, match=r"has no network in fp16: make it with  python -m sr3rt\.export\.to_trt"):
         load(Bundle.open(bundle), Request(precision="fp16"))
     to_trt(bundle, size="32")
     network = load(Bundle.open(bundle), Request(precision="fp16"))
@@ -298,7 +298,7 @@ def test_an_engine_of_this_place_does_not_differ() -> None:
 
 def test_the_command_builds_every_engine_that_it_is_told() -> None:
     keys = [HERE, replace(HERE, batch=8, height=96), replace(HERE, batch=1)]
-    expected = "python export/to_trt.py b --batch 1,4,8 --size 96,128x96 --precision fp16 --opt-level 3"
+    expected = "python -m sr3rt.export.to_trt b --batch 1,4,8 --size 96,128x96 --precision fp16 --opt-level 3"
     assert command(keys, bundle="b") == expected
     assert command([replace(HERE, opt_level=None)], bundle="b", rebuild=True).endswith(
         " --batch 4 --size 128x96 --precision fp16 --rebuild"

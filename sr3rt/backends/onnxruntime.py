@@ -36,7 +36,7 @@ def refusal(bundle: Bundle, request: Request) -> str | None:
     if request.precision not in ("auto", "fp32", "fp16"):
         return f"the onnxruntime backend has fp32 and fp16, precision {request.precision!r} was asked for: use auto or fp32"
     if not bundle.manifest.graphs(_precision(request)):
-        return f"{bundle.path} has no network in {_precision(request)}: make it with  python export/to_trt.py {bundle.path}"
+        return f"{bundle.path} has no network in {_precision(request)}: make it with  python -m sr3rt.export.to_trt {bundle.path}"
     return None if request.device in ("auto", "cpu") else why_not_on_gpu()
 
 

@@ -154,7 +154,7 @@ def _completed(part: str, size: Size, batch: int, found: Collection[tuple[str, S
 
 def _absent(bundle: Bundle, request: Request) -> str:
     which, option = ("", "") if request.precision == "auto" else (f" in {request.precision}", f" --precision {request.precision}")
-    return f"{bundle.path} has no TensorRT engine{which}: build one with  python export/to_trt.py {bundle.path}{option}"
+    return f"{bundle.path} has no TensorRT engine{which}: build one with  python -m sr3rt.export.to_trt {bundle.path}{option}"
 
 
 def _deserialised(bundle: Bundle, key: EngineKey, gpu: Gpu) -> Any:
@@ -174,7 +174,7 @@ def _compare(bundle: Bundle, network: TensorRTNetwork, keys: list[EngineKey]) ->
     for key in (key for key in keys if key.part != "once"):
         if key.name not in golden:
             raise BundleCorrupt(
-                f"{bundle.path} does not say what {key.name} should answer: build it again with  python export/to_trt.py {bundle.path}"
+                f"{bundle.path} does not say what {key.name} should answer: build it again with  {command([key], bundle=bundle.path)}"
             )
         if wrong := difference(network, bundle.manifest, key, golden[key.name]):
             before = once.get((key.height, key.width), "") if key.part == "step" else ""
@@ -202,7 +202,7 @@ class TensorRTNetwork(OnDevice):
             there = ", ".join(sorted(f"{h}x{w}" for h, w in self._engines))
             raise ImageError(
                 f"there is no {self.precision} engine for a result of {height}x{width} (height x width, padded), only for {there}: build "
-                f"one with  python export/to_trt.py BUNDLE --size {height}x{width}  or use device='cpu'"
+                f"one with  python -m sr3rt.export.to_trt BUNDLE --size {height}x{width}  or use device='cpu'"
             )
         return tuple(sorted(self._engines[height, width]))
 

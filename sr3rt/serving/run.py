@@ -76,12 +76,13 @@ def _watch(server: Server, stopping: threading.Event) -> str | None:
 
 
 def _served(address: Address) -> str:
-    http = f"http://{address.host}:{address.http}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    http = f"http://{host}:{address.http}"
     return f"""Serving. Stop with Ctrl-C.
   HTTP     {http}/v2/models/sr3/infer
   SSE      {http}/v2/models/sr3_stream/generate_stream
-  gRPC     {address.host}:{address.grpc}, models sr3 and sr3_stream
-  metrics  http://{address.host}:{address.metrics}/metrics
+  gRPC     {host}:{address.grpc}, models sr3 and sr3_stream
+  metrics  http://{host}:{address.metrics}/metrics
 
 From a shell:
   (printf '{{"base64": true, "image": "'; base64 -w0 photo.png; printf '"}}') |
@@ -92,6 +93,6 @@ From Python, with  pip install "tritonclient[http]" :
   import numpy, tritonclient.http as triton
   picture = triton.InferInput("image", [1], "BYTES")
   picture.set_data_from_numpy(numpy.array([open("photo.png", "rb").read()], object))
-  answer = triton.InferenceServerClient("{address.host}:{address.http}").infer("sr3", [picture], parameters={{"steps": 9}})
+  answer = triton.InferenceServerClient("{host}:{address.http}").infer("sr3", [picture], parameters={{"steps": 9}})
   open("large.png", "wb").write(answer.as_numpy("image")[0])
 """
