@@ -312,6 +312,8 @@ def run_command(command: App, arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    if isinstance(status, Path):  # what was written
+        print(status)  # as it is, for scripts
     sys.exit(status if isinstance(status, int) else 0)
 
 

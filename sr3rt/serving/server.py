@@ -151,7 +151,8 @@ class Server:
             if stopping.wait(0.1):
                 return False
             if self._process.poll() is not None or time.monotonic() > end:
-                raise BackendError(f"Triton Inference Server did not become ready: {why}\n{self.log(4000)}")
+                log = self.log(4000)
+                raise BackendError(f"Triton Inference Server did not become ready: {_of_model(log) or why}\n{log}")
         return True
 
     def ill(self, *, timeout: float) -> str | None:
@@ -197,6 +198,12 @@ def probe(port: int, *, timeout: float) -> str | None:
     finally:
         connection.close()
     return None if response.status == 200 else f"HTTP {response.status}: {text}"
+
+
+def _of_model(log: str) -> str | None:
+    """What a model said that could not be loaded, if one did."""
+    found = re.search(r"failed to load '\w+' version \d+: \w+: (.+?)(\\n\\nAt:|\"?$)", log, re.MULTILINE)
+    return found and found[1].replace('\\"', '"')
 
 
 def _free_ports(number: int) -> list[int]:

@@ -153,7 +153,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path, name: str, value: s
     written = repository / "sr3_stream" / "config.pbtxt"  # by hand, as `Configuration` would not take all of them
     setting = f'key: "{name}" value: {{ string_value: "'
     written.write_text(written.read_text().replace(setting, setting + value))
-    with Server(repository) as server, pytest.raises(BackendError, match=message):
+    with Server(repository) as server, pytest.raises(BackendError, match=f"did not become ready: .*{message}"):
         server.ready(within=60)
 
 
