@@ -34,7 +34,8 @@ class Convolution : public Layer {
     void hold(const Pack& pack) {
         const auto* like = dynamic_cast<const Convolution*>(options_.like);
         const bool same = like != nullptr && like->channels_ == channels_ && like->outputs_ == outputs_ && like->side_ == side_ &&
-                          like->options_.stride == options_.stride;
+                          like->options_.stride == options_.stride &&
+                          (like->options_.resample == Resample::up) == (options_.resample == Resample::up);
         weights_ = same ? like->weights_ : std::shared_ptr<const float[]>(pack());
     }
 
@@ -54,9 +55,6 @@ class Convolution : public Layer {
     Input input(const Run&, std::size_t picture, const float* norms) const;
     // For the panel's channels from the picture's first pixel on.
     Epilogue epilogue(const Run&, std::size_t picture, std::size_t panel) const;
-
-    // Whether the input is just what one register holds.
-    bool plain() const { return from.size() == 1 && options_.norm.groups == 0 && !options_.silu && options_.resample == Resample::none; }
 
     std::size_t panels() const { return rounded_up(outputs_, lanes_ * 2) / (lanes_ * 2); }
 

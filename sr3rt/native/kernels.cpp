@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "doubled.hpp"
 #include "simd.hpp"
 #include "winograd.hpp"
 
@@ -190,13 +191,17 @@ void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a
     }
 }
 
-// The epilogue's parts that cost something, chosen once for a panel and not for every pixel.
-template <bool scaled, bool activated, bool added>
+// The epilogue's parts that cost something, chosen once for a panel and not for every pixel, where these are known to the compiler.
+template <class Scaled, class Activated, class Added>
 struct Finish {
     const Epilogue end;  // a copy: what is stored through `out` cannot change it
+    [[no_unique_address]] const Scaled scaled;
+    [[no_unique_address]] const Activated activated;
+    [[no_unique_address]] const Added added;
     Vec scale[2], shift[2];
 
-    explicit Finish(const Epilogue& epilogue) : end(epilogue) {
+    Finish(const Epilogue& epilogue, Scaled scales, Activated activates, Added adds)
+        : end(epilogue), scaled(scales), activated(activates), added(adds) {
         for (int half = 0; half < end.vectors; ++half) {
             scale[half] = scaled ? load(end.scale + half * LANES) : Vec{};
             shift[half] = load(end.shift + half * LANES);
@@ -204,7 +209,7 @@ struct Finish {
     }
 
     // The sums of the pixel (row, column).
-    Vec operator()(Vec sum, std::size_t row, std::size_t column, int half) const {
+    [[gnu::always_inline]] Vec operator()(Vec sum, std::size_t row, std::size_t column, int half) const {
         Vec v = scaled ? sum * scale[half] + shift[half] : sum + shift[half];
         if (activated) v = silu(v);
         if (added) v = v + load(end.add + row * end.add_row_stride + column * end.add_pixel_stride + half * LANES);
@@ -217,38 +222,27 @@ struct Finish {
 // Calls body(finish) with the `Finish` that the epilogue needs.
 template <class Body>
 void finishing(const Epilogue& end, const Body& body) {
-    const auto added = [&]<bool scaled, bool activated>() {
-        end.add != nullptr ? body(Finish<scaled, activated, true>(end)) : body(Finish<scaled, activated, false>(end));
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    const auto added = [&](auto scaled, auto activated) {
+        end.add != nullptr ? body(Finish(end, scaled, activated, yes)) : body(Finish(end, scaled, activated, no));
     };
-    const auto activated = [&]<bool scaled>() {
-        end.silu ? added.template operator()<scaled, true>() : added.template operator()<scaled, false>();
-    };
-    end.scale != nullptr ? activated.template operator()<true>() : activated.template operator()<false>();
+    const auto activated = [&](auto scaled) { end.silu ? added(scaled, yes) : added(scaled, no); };
+    end.scale != nullptr ? activated(yes) : activated(no);
 }
 
-// One tile's 36 points -> height × width pixels, those of a whole tile known to the compiler, from (top, left) on. Two lines at a time, which
-// stay in registers.
-template <class Finish, class Size>
+// One tile's products -> height × width pixels, those of a whole tile known to the compiler, from (top, left) on.
+template <class Output, class Finish, class Size>
 [[gnu::noinline]] void finish_tile(const Finish& finish, const float* from, std::size_t plane, int half, std::size_t top, std::size_t left,
                                    Size height, Size width, double* unit) {
     const Epilogue& end = finish.end;
-    const auto point = [&](int y, int x) { return load(from + (6 * y + x) * plane + half * LANES); };
     Sums sums;
-    const auto line = [&](int y, const Vec* points) {
+    Output::run(from + half * LANES, plane, [&](int y, const Vec* out) __attribute__((always_inline)) {
         if (y >= height) return;
-        Vec out[TILE];
-        output_line(points, out);
 #pragma GCC unroll 4
         for (int x = 0; x < TILE; ++x)
             if (x < width) sums.add(finish(out[x], top + y, left + x, half));
-    };
-    Vec one[6], other[6];
-#pragma GCC unroll 6
-    for (int x = 0; x < 6; ++x) output_even(point(0, x), point(1, x) + point(2, x), point(3, x) + point(4, x), one[x], other[x]);
-    line(0, one), line(2, other);
-#pragma GCC unroll 6
-    for (int x = 0; x < 6; ++x) output_odd(point(1, x) - point(2, x), point(3, x) - point(4, x), point(5, x), one[x], other[x]);
-    line(1, one), line(3, other);
+    });
     if (unit != nullptr) sums.add_to(unit + half * LANES, unit + half * LANES + end.sums_stride);
 }
 
@@ -264,29 +258,47 @@ inline void approach(const Epilogue& end, std::size_t row, std::size_t column) {
     }
 }
 
-void transform_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
-                      const Epilogue& end) {
+template <class Output, class Finish>
+void finish_tiles(const Finish& finish, const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns) {
     constexpr std::integral_constant<int, TILE> whole;
-    finishing(end, [&](const auto& finish) {
-        for (int top = 0; top < rows; top += TILE)
-            for (int left = 0; left < columns; left += TILE) {
-                const float* from = points + (top / TILE * tile_row_stride + left / TILE) * PANEL;
-                const int height = std::min(TILE, rows - top), width = std::min(TILE, columns - left);
-                double* unit = end.sums == nullptr ? nullptr : end.sums + top / TILE * end.unit_stride;
-                // The tile after the next: more is under way than the processor itself looks ahead. Pixels further apart fall into too few sets.
-                int row = top, column = left + 2 * TILE;
-                if (column >= columns) row += TILE, column -= rounded_up(columns, TILE);
-                if (end.pixel_stride < 256 && column >= 0 && column < columns)
-                    for (int y = 0; y < TILE && row + y < rows; ++y) approach(end, row + y, column);
-                for (int half = 0; half < end.vectors; ++half) {
-                    if (height == TILE && width == TILE) {
-                        finish_tile(finish, from, plane, half, top, left, whole, whole, unit);
-                    } else {
-                        finish_tile(finish, from, plane, half, top, left, height, width, unit);
-                    }
+    const Epilogue& end = finish.end;
+    for (int top = 0; top < rows; top += TILE)
+        for (int left = 0; left < columns; left += TILE) {
+            const float* from = points + (top / TILE * tile_row_stride + left / TILE) * PANEL;
+            const int height = std::min(TILE, rows - top), width = std::min(TILE, columns - left);
+            double* unit = end.sums == nullptr ? nullptr : end.sums + top / TILE * end.unit_stride;
+            // The tile after the next: more is under way than the processor itself looks ahead. Pixels further apart fall into too few sets.
+            int row = top, column = left + 2 * TILE;
+            if (column >= columns) row += TILE, column -= rounded_up(columns, TILE);
+            if (end.pixel_stride < 256 && column >= 0 && column < columns)
+                for (int y = 0; y < TILE && row + y < rows; ++y) approach(end, row + y, column);
+            for (int half = 0; half < end.vectors; ++half) {
+                if (height == TILE && width == TILE) {
+                    finish_tile<Output>(finish, from, plane, half, top, left, whole, whole, unit);
+                } else {
+                    finish_tile<Output>(finish, from, plane, half, top, left, height, width, unit);
                 }
             }
-    });
+        }
+}
+
+void transform_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns, const Epilogue& end) {
+    finishing(end, [&](const auto& finish) { finish_tiles<Output>(finish, points, plane, tile_row_stride, rows, columns); });
+}
+
+// Even and odd rows and columns one after the other, as if each were the whole output. What is done to them is asked of every pixel: functions
+// for each would be four times as many.
+void doubled_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns, const Epilogue& end) {
+    const auto some = [&]<int down, int across>() {
+        Epilogue part = end;
+        part.out += down * end.row_stride + across * end.pixel_stride;
+        if (end.add != nullptr) part.add += down * end.add_row_stride + across * end.add_pixel_stride;
+        for (std::size_t* stride : {&part.row_stride, &part.pixel_stride, &part.add_row_stride, &part.add_pixel_stride}) *stride *= 2;
+        const Finish finish(part, end.scale != nullptr, end.silu, end.add != nullptr);
+        finish_tiles<DoubledOutput<down, across>>(finish, points, plane, tile_row_stride, rows, columns);
+    };
+    some.template operator()<0, 0>(), some.template operator()<0, 1>();
+    some.template operator()<1, 0>(), some.template operator()<1, 1>();
 }
 
 // Up to Sums::MOST pixels of a row from `first` on, that many known to the compiler as a rule.
@@ -364,10 +376,13 @@ const Kernels SR3_KERNELS{
     .pack = &pack,
     .round = &round,
     .transform_weights = &transform_weights,
-    .transform_input = &transform_input,
+    .transform_input = &transform_input<&input_tile>,
+    .transform_output = &transform_output,
+    .doubled_weights = &doubled_weights,
+    .doubled_input = &transform_input<&doubled_input_tile>,
+    .doubled_output = &doubled_output,
     .multiply = &multiply<OfWords>,
     .multiply_floats = &multiply<OfFloats>,
-    .transform_output = &transform_output,
     .finish_row = &finish_row,
     .softmax = &softmax,
     .add_scaled = &add_scaled,

@@ -13,6 +13,8 @@ namespace sr3 {
 
 constexpr int TILE = 4;                // outputs of a Winograd tile, each way: F(4×4, 3×3)
 constexpr int POINTS = 36;             // products in place of those 16 outputs · 9 taps
+constexpr int DOUBLED = 81;            // products of such a tile on a map that is doubled (doubled.hpp), in place of four times as many
+constexpr int DOUBLED_PART = 27;       // whose weights are transformed at a time
 constexpr int SOURCES = 4;             // most registers that are joined
 constexpr std::size_t ALIGNMENT = 64;  // bytes
 constexpr std::size_t DEPTH = 64;      // words of input channels whose weights are transformed at a time
@@ -27,6 +29,12 @@ constexpr std::size_t plane_of(std::size_t count) {
 }
 
 enum class Resample { none, up, down };
+
+// Which of the 36 points a product of a doubled map's tile reads. Along an axis they are nine: four of the even outputs, one of all, four of the odd.
+constexpr int doubled_point(int product) {
+    constexpr int along[] = {0, 1, 2, 3, 4, 1, 2, 3, 5};
+    return 6 * along[product / 9] + along[product % 9];
+}
 
 // One of the registers that a layer reads, of one picture: `channels` floats a pixel (padded), and what a norm makes of them.
 struct Source {
@@ -92,6 +100,16 @@ struct Kernels {
     void (*transform_input)(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
                             std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride);
 
+    // [36] planes of [tile][panel], tiles' rows `tile_row_stride` tiles apart, -> rows × columns pixels.
+    void (*transform_output)(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
+                             const Epilogue&);
+
+    // The same for a map that is doubled: weights of the products [part·27, part·27 + 27), and outputs from [81] planes: 2·rows × 2·columns pixels.
+    void (*doubled_weights)(const float* packed, std::size_t words, int part, float* points, std::size_t plane);
+    void (*doubled_input)(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
+                          std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride);
+    void (*doubled_output)(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns, const Epilogue&);
+
     // m[row][panel] (+)= a[row][depth] · b[depth][panel], a and b in words. Strides in words.
     void (*multiply)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b, std::size_t b_stride, Coming,
                      float* m, std::size_t m_stride, bool accumulate);
@@ -99,10 +117,6 @@ struct Kernels {
     // The same of float32.
     void (*multiply_floats)(std::size_t rows, std::size_t depth, const float* a, std::size_t a_stride, const float* b,
                             std::size_t b_stride, Coming, float* m, std::size_t m_stride, bool accumulate);
-
-    // [36] planes of [tile][panel], tiles' rows `tile_row_stride` tiles apart, -> rows × columns pixels.
-    void (*transform_output)(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns,
-                             const Epilogue&);
 
     // `pixels` sums of [panel] -> one row of pixels.
     void (*finish_row)(const float* sums, int pixels, const Epilogue&);

@@ -62,10 +62,30 @@ inline void output_odd(Vec near, Vec far, Vec infinity, Vec& t1, Vec& t3) {
 }
 
 // Aᵀ applied to six vectors, into four.
-inline void output_line(const Vec* m, Vec* t) {
+[[gnu::always_inline]] inline void output_line(const Vec* m, Vec* t) {
     output_even(m[0], m[1] + m[2], m[3] + m[4], t[0], t[2]);
     output_odd(m[1] - m[2], m[3] - m[4], m[5], t[1], t[3]);
 }
+
+// A tile's outputs of LANES channels, given to line(y, four pixels). Two lines at a time, which stay in registers.
+struct Output {
+    template <class Line>
+    [[gnu::always_inline]] static void run(const float* from, std::size_t plane, const Line& line) {
+        const auto point = [&](int y, int x) { return load(from + (6 * y + x) * plane); };
+        Vec one[6], other[6];
+        const auto finish = [&](int y, const Vec* points) __attribute__((always_inline)) {
+            Vec out[TILE];
+            output_line(points, out);
+            line(y, out);
+        };
+#pragma GCC unroll 6
+        for (int x = 0; x < 6; ++x) output_even(point(0, x), point(1, x) + point(2, x), point(3, x) + point(4, x), one[x], other[x]);
+        finish(0, one), finish(2, other);
+#pragma GCC unroll 6
+        for (int x = 0; x < 6; ++x) output_odd(point(1, x) - point(2, x), point(3, x) - point(4, x), point(5, x), one[x], other[x]);
+        finish(1, one), finish(3, other);
+    }
+};
 
 template <class Plane>
 [[gnu::always_inline]] inline void transform_weights(const float* packed, std::size_t words, float* points, Plane plane) {
@@ -97,14 +117,14 @@ void transform_weights(const float* packed, std::size_t words, float* points, st
 // One tile of LANES channels. Not inlined into the loop over these, which would keep an address of every pixel.
 [[gnu::noinline]] void input_tile(const float* corner, std::size_t row_stride, std::size_t pixel_stride, float* to, std::size_t plane) {
     const auto pixel = [&](int y, int x) { return load(corner + y * row_stride + x * pixel_stride); };
-    const auto finish = [&](int y, const Vec* d) {
+    const auto finish = [&](int y, const Vec* d) __attribute__((always_inline)) {
         input_line(d, [&](int x, Vec v) { store_operands(to + (6 * y + x) * plane, 0, v); });
     };
     // One or two lines at a time: six would not fit into the registers, and reading pixels again costs less than storing lines.
     Vec d[6], e[6];
     for (int x = 0; x < 6; ++x) d[x] = input_zero(pixel(0, x), pixel(2, x), pixel(4, x));
     finish(0, d);
-    const auto two = [&](int y, float p, float q2) {
+    const auto two = [&](int y, float p, float q2) __attribute__((always_inline)) {  // called, it would be told of every address
         for (int x = 0; x < 6; ++x) {
             const Two made = input_two(p, q2, pixel(1, x), pixel(2, x), pixel(3, x), pixel(4, x));
             d[x] = made.plus, e[x] = made.minus;
@@ -117,14 +137,15 @@ void transform_weights(const float* packed, std::size_t words, float* points, st
     finish(5, d);
 }
 
-inline void transform_input(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns,
-                            std::size_t channels, float* points, std::size_t plane, std::size_t tile_stride) {
+template <auto tile>
+void transform_input(const float* in, std::size_t row_stride, std::size_t pixel_stride, int tile_rows, int tile_columns, std::size_t channels,
+                     float* points, std::size_t plane, std::size_t tile_stride) {
     for (int row = 0; row < tile_rows; ++row)
         for (int column = 0; column < tile_columns; ++column) {
             const float* corner = in + TILE * (row * row_stride + column * pixel_stride);
             float* to = points + (static_cast<std::size_t>(row) * tile_columns + column) * tile_stride;
             for (std::size_t channel = 0; channel < channels; channel += LANES)
-                input_tile(corner + channel, row_stride, pixel_stride, to + channel / WORD, plane);
+                tile(corner + channel, row_stride, pixel_stride, to + channel / WORD, plane);
         }
 }
 

@@ -136,9 +136,10 @@ Maps attended(const Maps& in) {
     return out;
 }
 
-// Of a convolution. plain: of what registers hold, as it lies. sums: 1×1, a bias and no more. add: 3×3, what it adds, and does not read else.
+// Of a convolution. plain: of what registers hold, as it lies. sums: 1×1, a bias and no more. up: 3×3, of a doubled map. add: 3×3, what it
+// adds, and does not read else.
 struct Wish {
-    bool plain = false, sums = false;
+    bool plain = false, sums = false, up = false;
     int add = -1;
 };
 
@@ -162,6 +163,7 @@ class Case {
         normable_.push_back(false);
         if (chance(0.4)) unshuffle();
         for (int i = random(1, 3); i > 0; --i) chance(0.2) ? attend() : chance(0.3) ? add_projected() : convolve(width());
+        if (chance(0.15)) add_doubled();
         convolve(channels_);
         network_.result(register_);
     }
@@ -238,9 +240,19 @@ class Case {
         convolve(outputs, {.add = register_});
     }
 
+    // A doubled map that is added to another, of so many channels at times that their weights are transformed at each run.
+    void add_doubled() {
+        const int pixels = count_ * maps_.back().height * maps_.back().width;
+        if (pixels > 4000) return;
+        const int outputs = pixels < 700 && chance(0.5) ? random(150, 250) : width();
+        if (outputs >= 150) convolve(random(200, 300));
+        convolve(outputs, {.up = true});
+        convolve(outputs, {.up = true, .add = register_});
+    }
+
     void convolve(int outputs, const Wish& wish = {}) {
         sr3::ConvolutionOptions options;
-        const bool plain = wish.plain, adds = wish.add >= 0;
+        const bool plain = wish.plain, adds = wish.add >= 0, side_3 = adds || wish.up;
         const int newest = adds ? wish.add - 1 : static_cast<int>(maps_.size()) - 1;
         const Maps& last = maps_[newest];
         std::vector<const Maps*> sources;
@@ -253,7 +265,7 @@ class Case {
             normable = normable && normable_[i];
         }
         Maps in = joined(sources);
-        const int inputs = in.channels, side = adds ? 3 : wish.sums ? 1 : chance(0.7) ? 3 : 1;
+        const int inputs = in.channels, side = side_3 ? 3 : wish.sums ? 1 : chance(0.7) ? 3 : 1;
         if (normable && !plain && chance(0.7)) {
             std::vector<int> divisors;
             for (int i = 1; i <= inputs; ++i)
@@ -264,10 +276,10 @@ class Case {
         options.silu = !plain && chance(0.5);
         if (options.silu)
             for (double& value : in.values) value = silu(value);
-        if (!plain && !adds && chance(0.25) && std::size_t(in.height) * in.width < 4000) options.resample = sr3::Resample::up;
-        if (!plain && !adds && chance(0.25) && in.height > 1 && in.width > 1) options.resample = sr3::Resample::down;
+        if (wish.up || (!plain && !adds && chance(0.25) && std::size_t(in.height) * in.width < 4000)) options.resample = sr3::Resample::up;
+        if (!plain && !side_3 && chance(0.25) && in.height > 1 && in.width > 1) options.resample = sr3::Resample::down;
         in = resampled(in, options.resample);
-        options.stride = !plain && !adds && chance(0.2) ? 2 : 1;
+        options.stride = !plain && !side_3 && chance(0.2) ? 2 : 1;
         const std::vector<float> weight = normals(std::size_t(outputs) * inputs * side * side, 1 / std::sqrt(double(inputs) * side * side));
         const std::vector<float> bias = chance(0.8) ? normals(outputs, 1) : std::vector<float>{};
         Maps out = convolved(in, weight, outputs, side, options.stride);

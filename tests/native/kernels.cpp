@@ -170,49 +170,49 @@ struct Checks {
         say(name, worst);
     }
 
-    // The three transforms of F(4×4, 3×3) around a product in float64: 7×6 outputs of a convolution, with every part of the epilogue.
-    void winograd() {
-        const int rows = 7, columns = 6;
-        const std::size_t depth = 2 * lanes, tiles = 4, in_rows = 10, in_columns = 10, pixels = rows * columns;
+    // The three transforms of F(4×4, 3×3) around a product in float64: 7×6 outputs, or those of a doubled map; every part of the epilogue.
+    void winograd(bool doubled) {
+        const int rows = 7, columns = 6, share = doubled ? 2 : 1, products = doubled ? DOUBLED : POINTS;
+        const std::size_t depth = 2 * lanes, tiles = 4, in_rows = 10, in_columns = 10, high = rows * share, wide = columns * share;
         const Floats in(in_rows * in_columns * depth, generator), weights = operands(depth * 9 * panel);
-        const std::size_t add_row = (columns + 3) * panel;  // what is added lies otherwise than the output
-        const Floats add(rows * add_row, generator);
+        const std::size_t add_row = (wide + 3) * panel;  // what is added lies otherwise than the output
+        const Floats add(high * add_row, generator);
         const Floats scale(panel, generator), shift(panel, generator);
         const std::size_t words = depth / word;
-        Floats packed(weights.count), a(POINTS * tiles * words), b(POINTS * words * panel), m(POINTS * tiles * panel), out(pixels * panel);
+        Floats packed(weights.count), a(POINTS * tiles * words), b(products * words * panel), m(products * tiles * panel), out(high * wide * panel);
         kernels.pack(weights.data, depth, 9 * panel, packed.data);
-        kernels.transform_weights(packed.data, words, b.data, words * panel);
-        kernels.transform_input(in.data, in_columns * depth, depth, 2, 2, depth, a.data, tiles * words, words);
-        for (std::size_t p = 0; p < POINTS; ++p)
+        if (!doubled) kernels.transform_weights(packed.data, words, b.data, words * panel);
+        for (int p = 0; doubled && p < DOUBLED; p += DOUBLED_PART)
+            kernels.doubled_weights(packed.data, words, p / DOUBLED_PART, b.data + p * words * panel, words * panel);
+        (doubled ? kernels.doubled_input : kernels.transform_input)(in.data, in_columns * depth, depth, 2, 2, depth, a.data, tiles * words, words);
+        for (int p = 0; p < products; ++p)
             for (std::size_t t = 0; t < tiles; ++t)
                 for (std::size_t c = 0; c < panel; ++c) {
                     double sum = 0;
-                    for (std::size_t k = 0; k < depth; ++k)
-                        sum += operand_of(kernels, a.data + (p * tiles + t) * words, k) * operand_of(kernels, b.data + p * words * panel, panel, k, c);
+                    const float* tile = a.data + ((doubled ? doubled_point(p) : p) * tiles + t) * words;
+                    for (std::size_t k = 0; k < depth; ++k) sum += operand_of(kernels, tile, k) * operand_of(kernels, b.data + p * words * panel, panel, k, c);
                     m[(p * tiles + t) * panel + c] = static_cast<float>(sum);
                 }
-        std::vector<double> sums(4 * panel);
-        const Epilogue end{scale.data, shift.data, true, add.data, 0.75f, out.data, columns * panel, panel, add_row, panel,
-                           2, sums.data(), panel, 2 * panel};
-        kernels.transform_output(m.data, tiles * panel, 2, rows, columns, end);
-        Values expected, totals(4 * panel);
-        for (std::size_t y = 0; y < rows; ++y)
-            for (std::size_t x = 0; x < columns; ++x)
+        Values expected, sums(4 * panel), totals(4 * panel);
+        const Epilogue end{scale.data, shift.data, true, add.data, 0.75f, out.data, wide * panel, panel, add_row, panel, 2, sums.data(), panel, 2 * panel};
+        (doubled ? kernels.doubled_output : kernels.transform_output)(m.data, tiles * panel, 2, rows, columns, end);
+        const auto place = [&](std::size_t y, std::size_t tap) { return doubled ? (y + tap + 1) / 2 : y + tap; };
+        for (std::size_t y = 0; y < high; ++y)
+            for (std::size_t x = 0; x < wide; ++x)
                 for (std::size_t c = 0; c < panel; ++c) {
                     double sum = 0;
                     for (std::size_t i = 0; i < 9; ++i)
                         for (std::size_t k = 0; k < depth; ++k)
-                            sum += double(in[((y + i / 3) * in_columns + x + i % 3) * depth + k]) * weights[(k * 9 + i) * panel + c];
+                            sum += double(in[(place(y, i / 3) * in_columns + place(x, i % 3)) * depth + k]) * weights[(k * 9 + i) * panel + c];
                     expected.push_back((silu(sum * scale[c] + shift[c]) + add[y * add_row + x * panel + c]) * 0.75);
-                    const double value = out[(y * columns + x) * panel + c];
-                    totals[y / TILE * 2 * panel + c] += value;
-                    totals[y / TILE * 2 * panel + panel + c] += value * value;
+                    const double value = out[(y * wide + x) * panel + c];
+                    totals[y / share / TILE * 2 * panel + c] += value, totals[(y / share / TILE * 2 + 1) * panel + c] += value * value;
                 }
-        say("transform_weights, transform_input, transform_output", difference(out.data, expected),
-            word == 1 ? 1e-5 : 2e-2);
+        say(doubled ? "doubled_weights, doubled_input, doubled_output" : "transform_weights, transform_input, transform_output",
+            difference(out.data, expected), word == 1 ? 1e-5 : 3e-2);
         double off = 0;
         for (std::size_t i = 0; i < totals.size(); ++i) off = std::max(off, std::abs(sums[i] - totals[i]) / (1 + std::abs(totals[i])));
-        say("transform_output, sums", off);
+        say(doubled ? "doubled_output, sums" : "transform_output, sums", off);
     }
 
     void finish_row() {
@@ -392,7 +392,7 @@ int main(int count, char** arguments) {
     checks.pack();
     checks.multiply(kernels->multiply, kernels->word, "multiply");
     checks.multiply(kernels->multiply_floats, 1, "multiply_floats");
-    checks.winograd();
+    for (const bool doubled : {false, true}) checks.winograd(doubled);
     checks.finish_row();
     checks.softmax();
     checks.elementwise();
