@@ -286,16 +286,16 @@ void transform_output(const float* points, std::size_t plane, std::size_t tile_r
     finishing(end, [&](const auto& finish) { finish_tiles<Output>(finish, points, plane, tile_row_stride, rows, columns); });
 }
 
-// Even and odd rows and columns one after the other, as if each were the whole output. What is done to them is asked of every pixel: functions
-// for each would be four times as many.
+// Even and odd rows and columns one after the other, as if each were the whole output.
 void doubled_output(const float* points, std::size_t plane, std::size_t tile_row_stride, int rows, int columns, const Epilogue& end) {
     const auto some = [&]<int down, int across>() {
         Epilogue part = end;
         part.out += down * end.row_stride + across * end.pixel_stride;
         if (end.add != nullptr) part.add += down * end.add_row_stride + across * end.add_pixel_stride;
         for (std::size_t* stride : {&part.row_stride, &part.pixel_stride, &part.add_row_stride, &part.add_pixel_stride}) *stride *= 2;
-        const Finish finish(part, end.scale != nullptr, end.silu, end.add != nullptr);
-        finish_tiles<DoubledOutput<down, across>>(finish, points, plane, tile_row_stride, rows, columns);
+        finishing(part, [&](const auto& finish) {
+            finish_tiles<DoubledOutput<down, across>>(finish, points, plane, tile_row_stride, rows, columns);
+        });
     };
     some.template operator()<0, 0>(), some.template operator()<0, 1>();
     some.template operator()<1, 0>(), some.template operator()<1, 1>();
