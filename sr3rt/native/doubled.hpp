@@ -10,6 +10,7 @@
 
 #include "kernels.hpp"
 #include "simd.hpp"
+#include "winograd.hpp"
 
 namespace sr3 {
 namespace {
@@ -72,26 +73,17 @@ constexpr int DOUBLED_ROWS = DOUBLED_PART / 9;
 
 template <int first, class Plane>
 [[gnu::always_inline]] inline void doubled_taps(const float* packed, std::size_t words, float* points, Plane plane) {
-    constexpr int SIZE = 9 * PANEL, AHEAD = 24 * SIZE;  // floats: read from main memory, as a rule
-    for (std::size_t word = 0; word < words; ++word) {
-        const float* taps = packed + word * SIZE;
-        for (int i = 0; i < SIZE; i += LINE) __builtin_prefetch(taps + AHEAD + i, 0, 2);
-        for (int lane = 0; lane < PANEL; lane += LANES)
-            for (int half = 0; half < WORD; ++half) {
-                float* to = points + word * PANEL + lane;
-                Vec g[9];
-                for (int i = 0; i < 9; ++i) g[i] = operands(taps + i * PANEL + lane, half);
+    over_taps(packed, words, points, [&](const Vec* g, float* to, int half) __attribute__((always_inline)) {
 #pragma GCC unroll 3
-                for (int y = 0; y < DOUBLED_ROWS; ++y) {
-                    Vec line[3];
+        for (int y = 0; y < DOUBLED_ROWS; ++y) {
+            Vec line[3];
 #pragma GCC unroll 3
-                    for (int x = 0; x < 3; ++x) line[x] = weighed(DOUBLED_WEIGHTS[first + y], [&](int i) { return g[3 * i + x]; });
+            for (int x = 0; x < 3; ++x) line[x] = weighed(DOUBLED_WEIGHTS[first + y], [&](int i) { return g[3 * i + x]; });
 #pragma GCC unroll 9
-                    for (int x = 0; x < 9; ++x)
-                        store_operands(to + (9 * y + x) * plane, half * LANES, weighed(DOUBLED_WEIGHTS[x], [&](int i) { return line[i]; }));
-                }
-            }
-    }
+            for (int x = 0; x < 9; ++x)
+                store_operands(to + (9 * y + x) * plane, half * LANES, weighed(DOUBLED_WEIGHTS[x], [&](int i) { return line[i]; }));
+        }
+    });
 }
 
 template <int first>

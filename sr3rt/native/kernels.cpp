@@ -191,17 +191,13 @@ void multiply(std::size_t rows, std::size_t depth, const float* a, std::size_t a
     }
 }
 
-// The epilogue's parts that cost something, chosen once for a panel and not for every pixel, where these are known to the compiler.
-template <class Scaled, class Activated, class Added>
+// The epilogue's parts that cost something, chosen once for a panel and not for every pixel.
+template <bool scaled, bool activated, bool added>
 struct Finish {
     const Epilogue end;  // a copy: what is stored through `out` cannot change it
-    [[no_unique_address]] const Scaled scaled;
-    [[no_unique_address]] const Activated activated;
-    [[no_unique_address]] const Added added;
     Vec scale[2], shift[2];
 
-    Finish(const Epilogue& epilogue, Scaled scales, Activated activates, Added adds)
-        : end(epilogue), scaled(scales), activated(activates), added(adds) {
+    explicit Finish(const Epilogue& epilogue) : end(epilogue) {
         for (int half = 0; half < end.vectors; ++half) {
             scale[half] = scaled ? load(end.scale + half * LANES) : Vec{};
             shift[half] = load(end.shift + half * LANES);
@@ -222,13 +218,13 @@ struct Finish {
 // Calls body(finish) with the `Finish` that the epilogue needs.
 template <class Body>
 void finishing(const Epilogue& end, const Body& body) {
-    constexpr std::true_type yes;
-    constexpr std::false_type no;
-    const auto added = [&](auto scaled, auto activated) {
-        end.add != nullptr ? body(Finish(end, scaled, activated, yes)) : body(Finish(end, scaled, activated, no));
+    const auto added = [&]<bool scaled, bool activated>() {
+        end.add != nullptr ? body(Finish<scaled, activated, true>(end)) : body(Finish<scaled, activated, false>(end));
     };
-    const auto activated = [&](auto scaled) { end.silu ? added(scaled, yes) : added(scaled, no); };
-    end.scale != nullptr ? activated(yes) : activated(no);
+    const auto activated = [&]<bool scaled>() {
+        end.silu ? added.template operator()<scaled, true>() : added.template operator()<scaled, false>();
+    };
+    end.scale != nullptr ? activated.template operator()<true>() : activated.template operator()<false>();
 }
 
 // One tile's products -> height × width pixels, those of a whole tile known to the compiler, from (top, left) on.

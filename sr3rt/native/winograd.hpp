@@ -87,25 +87,33 @@ struct Output {
     }
 };
 
-template <class Plane>
-[[gnu::always_inline]] inline void transform_weights(const float* packed, std::size_t words, float* points, Plane plane) {
+// Calls transform(nine taps of LANES outputs, where their points begin, half of a word) for all of `words` inputs.
+template <class Transform>
+[[gnu::always_inline]] inline void over_taps(const float* packed, std::size_t words, float* points, const Transform& transform) {
     constexpr int SIZE = 9 * PANEL, AHEAD = 24 * SIZE;  // floats: read from main memory, as a rule
     for (std::size_t word = 0; word < words; ++word) {
         const float* taps = packed + word * SIZE;
         for (int i = 0; i < SIZE; i += LINE) __builtin_prefetch(taps + AHEAD + i, 0, 2);
         for (int first = 0; first < PANEL; first += LANES)
             for (int half = 0; half < WORD; ++half) {
-                float* to = points + word * PANEL + first;
-                Vec g[9], rows[18];
+                Vec g[9];
                 for (int i = 0; i < 9; ++i) g[i] = operands(taps + i * PANEL + first, half);
-                for (int i = 0; i < 3; ++i) weight_line(g + i, 3, rows + i, 3);
-                for (int y = 0; y < 6; ++y) {
-                    Vec t[6];
-                    weight_line(rows + 3 * y, 1, t, 1);
-                    for (int x = 0; x < 6; ++x) store_operands(to + (6 * y + x) * plane, half * LANES, t[x]);
-                }
+                transform(g, points + word * PANEL + first, half);
             }
     }
+}
+
+template <class Plane>
+[[gnu::always_inline]] inline void transform_weights(const float* packed, std::size_t words, float* points, Plane plane) {
+    over_taps(packed, words, points, [&](const Vec* g, float* to, int half) __attribute__((always_inline)) {
+        Vec rows[18];
+        for (int i = 0; i < 3; ++i) weight_line(g + i, 3, rows + i, 3);
+        for (int y = 0; y < 6; ++y) {
+            Vec t[6];
+            weight_line(rows + 3 * y, 1, t, 1);
+            for (int x = 0; x < 6; ++x) store_operands(to + (6 * y + x) * plane, half * LANES, t[x]);
+        }
+    });
 }
 
 void transform_weights(const float* packed, std::size_t words, float* points, std::size_t plane) {
