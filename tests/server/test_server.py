@@ -64,6 +64,7 @@ def test_unloading_finishes_the_requests_in_hand(mortal: Any) -> None:
 def test_a_model_that_is_killed_can_be_brought_back(mortal: Any, model: str) -> None:
     """With sr3_stream the requests in hand end; what is with sr3 itself is never answered by Triton."""
     with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda seed: by_http(mortal, PICTURE, steps=1, seed=seed), range(4)))
         asked = [pool.submit(by_http, mortal, LARGE, steps=1000, seed=i) for i in range(4 if model == "sr3_stream" else 0)]
         eventually(lambda: metric(mortal, "sr3rt_running") + metric(mortal, "sr3rt_queued") == len(asked))
         process = stub(mortal.server.pid, model)
