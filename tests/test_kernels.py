@@ -1,16 +1,19 @@
-"""The CUDA kernels without a GPU: they compile; run on the host, thread after thread, they give the native step's bits."""
+"""The CUDA kernels without a GPU: they compile; run on the host, thread after thread, they give the native step's bits, and so does
+what CUDA's compiler makes of them.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ptx
 import pytest
 from cuda_on_host import launch
 from numpy.typing import NDArray
@@ -24,17 +27,36 @@ from sr3rt.samplers import LEVEL, Sampler, Table, table
 from sr3rt.schedule import named, respace
 
 NAMES = ("sr3_levels", "sr3_start", "sr3_step", "sr3_next")
+without_bindings = pytest.mark.skipif(not find_spec("cuda"), reason="cuda-bindings are not installed")
 
 
-@pytest.fixture
-def host(step_on_host: ctypes.CDLL) -> Callable[..., None]:
-    """`host(kernel, blocks, arguments)`: arrays as pointers."""
+@pytest.fixture(scope="module")
+def machine() -> ptx.Machine:
+    """With what NVRTC makes of step.cu."""
+    return ptx.Machine(ptx.compiled())
 
-    def call(name: str, blocks: tuple[int, int], *arguments: Any) -> None:
-        values = tuple(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments)
-        launch(step_on_host, f"sr3_{name}", blocks, 64, values, cuda._TYPES[f"sr3_{name}"])
 
-    return call
+@pytest.fixture(params=["compiled for the host", pytest.param("made for a GPU", marks=without_bindings)])
+def kernel(request: pytest.FixtureRequest, step_on_host: ctypes.CDLL) -> Callable[..., None]:
+    """`kernel(name, blocks, arguments)`: a launch, with arrays for pointers; compiled by the host's compiler, or by CUDA's and interpreted."""
+
+    def on_host(name: str, blocks: tuple[int, int], *arguments: Any) -> None:
+        launch(step_on_host, f"sr3_{name}", blocks, 64, addresses(arguments), cuda._TYPES[f"sr3_{name}"])
+
+    def for_gpu(name: str, blocks: tuple[int, int], *arguments: Any) -> None:
+        arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
+        tables = [(int(slot["table"]), int(slot["rows"])) for array in arrays if array.dtype == SLOT for slot in array if slot["rows"]]
+        lent = [*arrays, *(np.ctypeslib.as_array((ctypes.c_float * (7 * rows)).from_address(address)) for address, rows in tables)]
+        gpu.launch(f"sr3_{name}", blocks, 64, addresses(arguments), lent)
+
+    if request.param == "compiled for the host":
+        return on_host
+    gpu: ptx.Machine = request.getfixturevalue("machine")
+    return for_gpu
+
+
+def addresses(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(argument.ctypes.data if isinstance(argument, np.ndarray) else argument for argument in arguments)
 
 
 def run(sampler: str, steps: int) -> Table:
@@ -45,21 +67,23 @@ def network(x: NDArray[np.float32], y: NDArray[np.float32], level: NDArray[np.fl
     return np.tanh(np.float32(0.7) * y - np.float32(0.4) * x + level[:, None, None, None])
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4, 6])
-def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(host: Callable[..., None], channels: int) -> None:
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 8, 12), (1, 9, 13), (4, 4, 9), (6, 16, 1)])
+def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(
+    kernel: Callable[..., None], channels: int, height: int, width: int
+) -> None:
     runs = [run("sr3", 5), run("dpm++2m", 9), run("ddim(0.5)", 3), run("posterior", 1)]
     slots = np.zeros(5, SLOT)  # the last is idle
     for slot, one, seed in zip(slots, runs, (3, 2**63 + 1, 5, 7), strict=False):
         slot["seed"], slot["table"], slot["rows"] = seed, one.ctypes.data, len(one)
-    shape = (5, channels, 9, 13)
+    shape = (5, channels, height, width)
     x, y, x0 = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for i in range(4):
-        host("start", (2, 1), y, slots, i, *shape[1:])
+        kernel("start", (2, 1), y, slots, i, *shape[1:])
         assert (y[i] == normals(shape[1:], seed=int(slots[i]["seed"]), step=START)).all()
     y[4] = 0.25
     expected_y, expected_x0, level = y.copy(), x0.copy(), np.zeros(5, np.float32)
     for k in range(9):
-        host("levels", (1, 1), level, slots, 5)
+        kernel("levels", (1, 1), level, slots, 5)
         busy = [i for i in range(4) if k < len(runs[i])]
         assert level.tolist() == [runs[i][k][LEVEL] if i in busy else 1.0 for i in range(5)]
         net = network(x, y, level)
@@ -68,15 +92,15 @@ def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(host:
             assert _native.step(
                 expected_y[one], net[one], expected_x0[one], runs[i][k : k + 1], slots["seed"][one].copy(), steps, clip=True, threads=1
             )
-        host("step", (2, 5), y, net, x0, slots, *shape[1:])
-        host("next", (1, 1), slots, 5)
+        kernel("step", (2, 5), y, net, x0, slots, *shape[1:])
+        kernel("next", (1, 1), slots, 5)
         assert (y == expected_y).all()
         assert (x0 == expected_x0).all()
     assert slots["row"].tolist() == [5, 9, 3, 1, 0]
     assert not slots["broken"].any()
 
 
-def test_the_step_in_which_a_slot_broke_is_kept(host: Callable[..., None]) -> None:
+def test_the_step_in_which_a_slot_broke_is_kept(kernel: Callable[..., None]) -> None:
     rows, slots, shape = run("ddim", 4), np.zeros(2, SLOT), (2, 3, 4, 4)
     slots["rows"], slots["table"] = 4, rows.ctypes.data
     y, x0, net = (np.zeros(shape, np.float32) for _ in range(3))
@@ -84,19 +108,19 @@ def test_the_step_in_which_a_slot_broke_is_kept(host: Callable[..., None]) -> No
         net[:] = 0
         if k in (1, 2):
             net[1, 2, 3, 3] = np.inf
-        host("step", (1, 2), y, net, x0, slots, *shape[1:])
-        host("next", (1, 1), slots, 2)
+        kernel("step", (1, 2), y, net, x0, slots, *shape[1:])
+        kernel("next", (1, 1), slots, 2)
     assert slots["broken"].tolist() == [0, 2]
 
 
-@pytest.mark.skipif(not find_spec("cuda"), reason="cuda-bindings are not installed")
+@without_bindings
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
 def test_nvrtc_compiles_the_kernels(capability: tuple[int, int]) -> None:
     cubin = kernels.compiled(capability)
     assert all(name.encode() in cubin for name in NAMES)
 
 
-@pytest.mark.skipif(not find_spec("cuda"), reason="cuda-bindings are not installed")
+@without_bindings
 def test_what_was_compiled_is_kept_and_an_error_is_the_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BUILT", tmp_path / "none")
     monkeypatch.setenv("SR3RT_CACHE", str(tmp_path / "cache"))

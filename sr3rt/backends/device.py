@@ -28,7 +28,8 @@ SLOT = np.dtype([("seed", "u8"), ("table", "u8"), *((name, "u4") for name in ("r
 
 AHEAD = 2  # steps that may be queued on the GPU: it never waits for the host, and who joins waits for no more than these
 TABLES = 32  # different runs whose tables are kept
-THREADS = 256  # of a block
+THREADS = 128  # of a block
+TOGETHER = 4  # pixels that a thread of sr3_start and sr3_step does
 
 
 class DeviceNetwork(Protocol):
@@ -144,7 +145,7 @@ class Stage:
     @property
     def blocks(self) -> int:
         """Of threads, for the pixels of a picture."""
-        return -(-self.shape[1] * self.shape[2] // THREADS)
+        return -(-self.shape[1] * self.shape[2] // (THREADS * TOGETHER))
 
 
 def _taken(gpu: Gpu, sizes: Sequence[int], purpose: str) -> tuple[Memory, list[int]]:
