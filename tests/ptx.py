@@ -203,7 +203,7 @@ class _Launch:
             chosen, bits = value[self._lanes], np.dtype(TYPES[kind]).itemsize
             return chosen if kind == "pred" else chosen.astype(f"u{bits}").view(TYPES[kind])  # of a wider register, the lower part
         if operand.startswith("0f"):
-            return np.array([int(operand[2:], 16)], "u4").view("f4")
+            return np.frombuffer(bytes.fromhex(operand[2:]), ">f4").astype("f4")
         number = int(operand, 0) & ((1 << 8 * np.dtype(TYPES[kind]).itemsize) - 1)
         return np.array([number], f"u{np.dtype(TYPES[kind]).itemsize}").view(TYPES[kind])
 

@@ -38,7 +38,7 @@ def machine() -> ptx.Machine:
 
 @pytest.fixture(params=["compiled for the host", pytest.param("made for a GPU", marks=without_bindings)])
 def kernel(request: pytest.FixtureRequest, step_on_host: ctypes.CDLL) -> Callable[..., None]:
-    """`kernel(name, blocks, arguments)`: a launch, with arrays for pointers; compiled by the host's compiler, or by CUDA's and interpreted."""
+    """`kernel(name, blocks, arguments)`: a launch, arrays being pointers. By the host's compiler, or by CUDA's and the interpreter."""
 
     def on_host(name: str, blocks: tuple[int, int], *arguments: Any) -> None:
         launch(step_on_host, f"sr3_{name}", blocks, 64, addresses(arguments), cuda._TYPES[f"sr3_{name}"])
