@@ -51,7 +51,7 @@ class TorchProgram:
         check(program)
         self.dtype, self.wide, self.device = dtype, torch.float64 if dtype == torch.float64 else torch.float32, device
         self._tensors = tensors
-        self._level = self._embedding(**program["level"])
+        self._level = self._embedding(**program["level"], told=[one["level"] for one in program["operations"] if one.get("level")])
         made = [(one, self._operation(**one)) for one in program["operations"]]
         apart = parts(program["operations"])
         self.given = {name: self._kind(name, program["operations"]) for name in (apart.given if apart else ())}
@@ -84,9 +84,13 @@ class TorchProgram:
         return partial(F.linear, weight=self._weight(weight, self.wide), bias=self._weight(bias, self.wide))
 
     def _embedding(
-        self, *, input: str, scale: float, frequencies: str, layers: list[dict[str, str]], silu: bool
+        self, *, input: str, scale: float, frequencies: str, layers: list[dict[str, str]], silu: bool, told: list[Mapping[str, str]]
     ) -> Callable[[Tensor], _Level]:
+        """told: what convolutions make of the embedding, all of it in one product: each by itself is hardly more than a kernel's start."""
         multiples, linear = scale * self._weight(frequencies, self.wide), [self._linear(**layer) for layer in layers]
+        weights, biases = ([self._weight(one[key], self.wide) for one in told] for key in ("weight", "bias"))
+        names, sizes = [one["weight"] for one in told], [len(bias) for bias in biases]
+        project = partial(F.linear, weight=torch.cat(weights), bias=torch.cat(biases)) if told else None
 
         def embed(level: Tensor) -> _Level:
             made = _Level(level)
@@ -94,7 +98,8 @@ class TorchProgram:
             e = torch.cat([phase.sin(), phase.cos()], dim=1)
             for i, layer in enumerate(linear):
                 e = layer(F.silu(e) if i else e)
-            made.embedding = F.silu(e) if silu else e
+            if project:
+                made.told = dict(zip(names, torch.split(project(F.silu(e) if silu else e), sizes, dim=1), strict=True))
             return made
 
         return embed
@@ -157,10 +162,10 @@ class TorchProgram:
         return lambda h: F.group_norm(h.to(self.wide), groups, scale, shift, eps).to(h.dtype)
 
     def _conditioned(self, *, weight: str, bias: str, kind: str) -> Callable[[Tensor, _Level], Tensor]:
-        linear, parts = self._linear(weight=weight, bias=bias), {"shift": 1, "scale_shift": 2}[kind]
+        parts = {"shift": 1, "scale_shift": 2}[kind]
 
         def run(h: Tensor, known: _Level) -> Tensor:
-            *scale, shift = linear(known.embedding)[:, :, None, None].to(h.dtype).chunk(parts, dim=1)
+            *scale, shift = _wide(known.told[weight]).to(h.dtype).chunk(parts, dim=1)
             return (h * (1 + scale[0]) if scale else h) + shift
 
         return run
@@ -202,12 +207,12 @@ class TorchProgram:
 
 
 class _Level:
-    """What is known of the pictures' levels, each (N, 1): the value, γ, 1 - γ; and the embedding (N, E)."""
+    """What is known of the pictures' levels, each (N, 1): the value, γ, 1 - γ; and what convolutions are told, by the weight's name."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.gamma = value, value * value
         self.noise = (1 - self.gamma).clamp(min=1e-7)
-        self.embedding = value
+        self.told: dict[str, Tensor] = {}
 
     def spread(self, detail: float) -> Tensor:
         """(N, 1, 1, 1)."""
