@@ -23,8 +23,11 @@ class Plan(Protocol):
     def __call__(self, arrays: Mapping[str, Floats]) -> Mapping[str, Floats]: ...
 
 
-def package(real: Any, made: Cuda, loaded: Callable[[bytes], Plan | None]) -> Any:
-    """Stands for `real`, the package. loaded(plan): None for an engine that cannot be."""
+CACHE = b"what was compiled"
+
+
+def package(real: Any, made: Cuda, loaded: Callable[[bytes], Plan | None], compiled: list[Plan]) -> Any:
+    """Stands for `real`, the package. loaded(plan): None for an engine that cannot be. compiled: gets what no cache held."""
 
     class Context:
         def __init__(self, plan: Plan) -> None:
@@ -57,8 +60,41 @@ def package(real: Any, made: Cuda, loaded: Callable[[bytes], Plan | None]) -> An
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             return self._plan.shapes[name]
 
-        def create_execution_context(self) -> Context:
+        def create_runtime_config(self) -> RuntimeConfig:
+            return RuntimeConfig()
+
+        def create_execution_context(self, runtime_config: RuntimeConfig | None = None) -> Context:
+            if runtime_config and runtime_config.cache:
+                runtime_config.cache.compile(self._plan)
             return Context(self._plan)
+
+    class RuntimeCache:
+        def __init__(self) -> None:
+            self._content = b""
+
+        def compile(self, plan: Plan) -> None:
+            if not self._content:
+                compiled.append(plan)
+                self._content = CACHE
+
+        def deserialize(self, blob: bytes) -> bool:
+            if blob != CACHE:
+                return False
+            self._content = blob
+            return True
+
+        def serialize(self) -> memoryview:
+            return memoryview(self._content)
+
+    class RuntimeConfig:
+        cache: RuntimeCache | None = None
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+            self.cache = cache
+            return True
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -68,7 +104,9 @@ def package(real: Any, made: Cuda, loaded: Callable[[bytes], Plan | None]) -> An
             plan = loaded(data)
             return None if plan is None else Engine(plan)
 
-    for ours, theirs in ((Context, real.IExecutionContext), (Engine, real.ICudaEngine), (Runtime, real.Runtime)):
-        assert all(hasattr(theirs, name) for name in vars(ours) if not name.startswith("_"))
+    pairs = [(Context, real.IExecutionContext), (Engine, real.ICudaEngine), (Runtime, real.Runtime)]
+    pairs += [(RuntimeCache, real.IRuntimeCache), (RuntimeConfig, real.IRuntimeConfig)]
+    for ours, theirs in pairs:
+        assert all(hasattr(theirs, name) for name in vars(ours) if not name.startswith("_") and name not in ("cache", "compile"))
     assert hasattr(real.ICudaEngine, "num_io_tensors")
     return SimpleNamespace(__version__=real.__version__, Runtime=Runtime)

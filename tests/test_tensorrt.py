@@ -34,7 +34,7 @@ from sr3rt.program import given_registers
 from sr3rt.upscaler import SHIPPED
 
 Loaded = Callable[[bytes], Plan | None]
-Put = Callable[[Loaded], Cuda]
+Put = Callable[..., Cuda]
 KEYS: dict[bytes, EngineKey] = {}
 """Of the engines that were built, by their bytes: these cannot be asked without a GPU."""
 GRAPHS: dict[str, bytes] = {}
@@ -66,13 +66,14 @@ def bundle(built: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def put(gpu: Callable[..., Cuda], monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
-    """`put(loaded)`: from here on there are a GPU and TensorRT, whose engines compute what `loaded(plan)` does."""
+def put(gpu: Callable[..., Cuda], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Put]:
+    """`put(loaded, compiled)`: from here on there are a GPU and TensorRT, whose engines compute what `loaded(plan)` does."""
     trt, logger, log = tensorrt.module()
+    monkeypatch.setenv("SR3RT_CACHE", str(tmp_path / "cache"))
 
-    def here(loaded: Loaded) -> Cuda:
-        made = gpu()
-        monkeypatch.setattr(tensorrt, "module", lambda: (tensorrt_on_host.package(trt, made, loaded), logger, log))
+    def here(loaded: Loaded, compiled: list[Plan] | None = None) -> Cuda:
+        made, compiled = gpu(), [] if compiled is None else compiled
+        monkeypatch.setattr(tensorrt, "module", lambda: (tensorrt_on_host.package(trt, made, loaded, compiled), logger, log))
         return made
 
     yield here
@@ -148,6 +149,26 @@ def test_auto_takes_the_engines_and_the_pictures_are_the_cpus(where: str, built:
             assert psnr(up.upscale(pictures[2], seed=3, **options), wanted[2]) >= least  # alone, too
     tall = sr3rt.load(built).upscale(photograph(24, 16), seed=1)
     assert psnr(tall, on_cpu.upscale(photograph(24, 16), seed=1)) >= 40
+
+
+def test_what_is_compiled_on_the_gpu_is_kept_for_the_next_process(
+    built: Path, put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled() -> int:
+        plans = list[Plan]()
+        put(right, plans)
+        sr3rt.load(built, precision="fp32").upscale(photograph(), seed=1, steps=1)
+        return len(plans)
+
+    assert compiled() == 2  # of what x alone decides, and of a step
+    files = sorted((tmp_path / "cache").iterdir())
+    assert [file.read_bytes() for file in files] == [tensorrt_on_host.CACHE] * 2
+    assert compiled() == 0
+    files[0].write_bytes(b"of another machine")
+    assert compiled() == 1
+    assert files[0].read_bytes() == tensorrt_on_host.CACHE
+    monkeypatch.setenv("SR3RT_CACHE", "/proc/self/none")
+    assert compiled() > 0  # each time, but it runs
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

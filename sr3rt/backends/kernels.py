@@ -22,11 +22,11 @@ OPTIONS = ("--std=c++20", "--fmad=false")
 def load(capability: tuple[int, int]) -> bytes:
     """What `cuLibraryLoadData` takes, for a GPU of that compute capability: a fat binary or a cubin.
 
-    A compiled one is kept in `SR3RT_CACHE`, else in the user's cache folder. Raises MissingExtra, BackendError.
+    A compiled one is kept in `cache_folder`. Raises MissingExtra, BackendError.
     """
     if BUILT.exists() and capability >= (8, 0):
         return BUILT.read_bytes()
-    kept = _cache() / f"step-{_source_digest()}-sm_{capability[0]}{capability[1]}.cubin"
+    kept = cache_folder() / f"step-{_source_digest()}-sm_{capability[0]}{capability[1]}.cubin"
     with suppress(OSError):  # there is none yet, or the folder is out of reach
         return kept.read_bytes()
     cubin = compiled(capability)
@@ -77,7 +77,8 @@ def _source_digest() -> str:
     return hashlib.sha256(b"\0".join([*texts, " ".join(OPTIONS).encode()])).hexdigest()[:16]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where what was compiled for a GPU is kept, which may be deleted at any time: `SR3RT_CACHE`, else one of the user's."""
     if chosen := os.environ.get("SR3RT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sr3rt"

@@ -8,16 +8,20 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from sr3rt.backends import Request, cuda
 from sr3rt.backends.cuda import Gpu, Stream
 from sr3rt.backends.device import Enqueue
+from sr3rt.backends.kernels import cache_folder
 from sr3rt.backends.on_device import OnDevice, gpu_index, no_gpu
 from sr3rt.bundle import GOLDEN, GRAPHS, Bundle
+from sr3rt.durable import write_atomic
 from sr3rt.engines import EngineKey, command
 from sr3rt.errors import BackendError, BundleCorrupt, EngineRefused, ImageError, MissingExtra
 from sr3rt.golden import difference
@@ -99,7 +103,7 @@ def load(bundle: Bundle, request: Request) -> TensorRTNetwork:
         raise BackendError(reason)
     gpu = Gpu(gpu_index(request.device))
     keys = _fitting(bundle, request, gpu)
-    engines, once = dict[Size, dict[int, Any]](), dict[Size, Any]()
+    engines, once = dict[Size, dict[int, Engine]](), dict[Size, Engine]()
     for key in keys:
         size, engine = (key.height, key.width), _deserialised(bundle, key, gpu)
         if key.part == "once":
@@ -157,14 +161,52 @@ def _absent(bundle: Bundle, request: Request) -> str:
     return f"{bundle.path} has no TensorRT engine{which}: build one with  python -m sr3rt.export.to_trt {bundle.path}{option}"
 
 
-def _deserialised(bundle: Bundle, key: EngineKey, gpu: Gpu) -> Any:
+class Engine:
+    """An engine on a GPU. kept: the file for what is compiled of it there, by TensorRT for RTX, which takes seconds; None: nothing is."""
+
+    def __init__(self, engine: Any, kept: Path | None = None) -> None:
+        self._engine, self._kept = engine, kept
+        self.names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an input or an output."""
+        return tuple(self._engine.get_tensor_shape(name))
+
+    def context(self) -> tuple[Any, Callable[[], None]]:
+        """An execution context, or None; and what is to be called after its first run, to keep what was compiled for the next process."""
+        if self._kept is None:
+            return self._engine.create_execution_context(), lambda: None
+        file, config, found = self._kept, self._engine.create_runtime_config(), b""
+        cache = config.create_runtime_cache()
+        with suppress(OSError):
+            found = file.read_bytes()
+        if found:
+            cache.deserialize(found)  # of another machine it is refused, and made anew
+        config.set_runtime_cache(cache)
+
+        def keep(held: Any = config) -> None:  # the context needs both for as long as it lives
+            nonlocal found
+            made = bytes(cache.serialize() or b"")
+            if made not in (b"", found):
+                found = made
+                with suppress(OSError):  # then it is compiled each time
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomic(file, made)
+
+        return self._engine.create_execution_context(config), keep
+
+
+def _deserialised(bundle: Bundle, key: EngineKey, gpu: Gpu) -> Engine:
     trt, logger, log = module()
     gpu.use()
     log.lines.clear()
     engine = trt.Runtime(logger).deserialize_cuda_engine(bundle.read(key.name))
     if engine is None:
         raise BackendError(f"{flavour()} {trt.__version__} cannot load {bundle.path / key.name} on {gpu.name}: {log.taken()}")
-    return engine
+    if key.flavour != "tensorrt_rtx":
+        return Engine(engine)
+    digest = bundle.manifest.files[key.name]["sha256"]
+    return Engine(engine, cache_folder() / f"rtx-{digest[:16]}-sm_{gpu.capability[0]}{gpu.capability[1]}.cache")
 
 
 def _compare(bundle: Bundle, network: TensorRTNetwork, keys: list[EngineKey]) -> None:
@@ -192,7 +234,7 @@ class TensorRTNetwork(OnDevice):
 
     backend = "tensorrt"
 
-    def __init__(self, gpu: Gpu, engines: Mapping[Size, Mapping[int, Any]], once: Mapping[Size, Any], precision: str) -> None:
+    def __init__(self, gpu: Gpu, engines: Mapping[Size, Mapping[int, Engine]], once: Mapping[Size, Engine], precision: str) -> None:
         super().__init__(gpu)
         self._engines, self._once, self.precision = engines, once, precision
 
@@ -213,7 +255,7 @@ class TensorRTNetwork(OnDevice):
     def given(self, height: int, width: int) -> Mapping[str, tuple[int, int, int]]:
         """As `DeviceNetwork.given`."""
         engine = self._once.get((height, width))
-        shapes = {} if engine is None else {name: tuple(engine.get_tensor_shape(name)) for name in _names(engine) if name != "x"}
+        shapes = {} if engine is None else {name: engine.shape(name) for name in engine.names if name != "x"}
         return {name: (channels, rows, columns) for name, (_, channels, rows, columns) in shapes.items()}
 
     def once(self, height: int, width: int, stream: Stream) -> Enqueue:
@@ -224,29 +266,28 @@ class TensorRTNetwork(OnDevice):
         """As `DeviceNetwork.enqueuer`."""
         return self._enqueuer(self._engines[height, width][batch], f"{batch}×{height}×{width} (batch, height, width)", stream)
 
-    def _enqueuer(self, engine: Any, size: str, stream: Stream) -> Enqueue:
+    def _enqueuer(self, engine: Engine, size: str, stream: Stream) -> Enqueue:
         """Calls of an execution context, whose scratch memory TensorRT takes."""
         log = module()[2]
         log.lines.clear()
-        context = engine.create_execution_context()
+        context, keep = engine.context()
         if context is None:
             free, total = (one / 2**30 for one in self.gpu.free())
             raise BackendError(
                 f"TensorRT cannot make a context for {size} on {self.gpu.name}, {free:.1f} of {total:.1f} GiB are free: {log.taken()}. "
                 "Use a smaller batch, or end what else runs there"
             )
-        names = _names(engine)
+        ran = False
 
         def enqueue(addresses: Mapping[str, int]) -> None:
-            for name in names:
+            nonlocal ran
+            for name in engine.names:
                 if not context.set_tensor_address(name, addresses[name]):
                     raise BackendError(f"TensorRT does not take the memory for {name} of {size}: {log.taken()}")
             if not context.execute_async_v3(stream.handle):
                 raise BackendError(f"TensorRT cannot run {size}: {log.taken()}")
+            if not ran:
+                keep()
+                ran = True
 
         return enqueue
-
-
-def _names(engine: Any) -> list[str]:
-    """Of its inputs and outputs."""
-    return [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
