@@ -1,29 +1,26 @@
-"""A program (docs/program.md) carried out in PyTorch, at any precision and on any device, and as a network of the loops.
+"""PyTorch's networks for the loops: a bundle's program (torch_program.py) on a GPU, and any module on the CPU.
 
-Written from the specification, not from the networks that programs are made of: it is also what other implementations are compared with.
-The only file of the package proper that imports torch; the backend that others see is pytorch.py.
+With torch_program.py the only file of the package proper that imports torch; the backend that others see is pytorch.py.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sr3rt.backends import Floats, Request, cuda
 from sr3rt.backends.cuda import Gpu, Stream
 from sr3rt.backends.device import Enqueue
 from sr3rt.backends.on_device import AnySize, Shapes, gpu_index
+from sr3rt.backends.torch_program import TorchProgram
 from sr3rt.bundle import Bundle
 from sr3rt.errors import BackendError
-from sr3rt.program import GAIN, LIFT, Program, Register, Tensors, check, opened, parts, registers, registers_read
+from sr3rt.program import Register, opened, registers
 
 _FLAGS = threading.Lock()  # PyTorch's flags are the process's
 
@@ -31,271 +28,6 @@ Module = Callable[..., Tensor]
 """`module(x, y, level)` is the prediction, float32 all: a `TorchProgram`, a network of export/nets, or either compiled. It may take more,
 which is computed of x alone.
 """
-
-Registers = dict[str, Tensor]
-Operation = Callable[[Registers, "_Level"], Tensor]
-Step = tuple[str, Operation, set[str]]
-"""The register that is written, how, and those that are not needed after it."""
-
-
-class TorchProgram:
-    """`program(x, y, level)` is the prediction. Immutable, and safe to use from several threads.
-
-    So is `program(x, y, level, *program.once(x))`, with less to compute at every step. given: registers that `once` gives, and their types.
-    dtype: of convolutions and of what they give; of everything else too if that is float64, float32 otherwise: the level, norms, softmax
-    and the wavelet's arithmetic, which float16 cannot hold.
-    """
-
-    def __init__(self, program: Program, tensors: Tensors, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        """Raises KeyError, TypeError or ValueError for what is not a program."""
-        check(program)
-        self.dtype, self.wide, self.device = dtype, torch.float64 if dtype == torch.float64 else torch.float32, device
-        self._tensors = tensors
-        self._level = self._embedding(**program["level"], told=[one["level"] for one in program["operations"] if one.get("level")])
-        made = [(one, self._operation(**one)) for one in program["operations"]]
-        apart = parts(program["operations"])
-        self.given = {name: self._kind(name, program["operations"]) for name in (apart.given if apart else ())}
-        self._all = _ordered(made, {"out"})
-        self._step = _ordered([one for one in made if one[0] in apart.step], {"out"}) if apart else self._all
-        self._once = _ordered([one for one in made if one[0] in apart.once], {*self.given}) if apart else []
-        del self._tensors
-
-    def __call__(self, x: Tensor, y: Tensor, level: Tensor, *given: Tensor) -> Tensor:
-        """x, y: (N, C, H, W); level: (N, 1); the result, too, is of the wide type."""
-        registers = {"x": x, "y": y} | {name: value.to(kind) for (name, kind), value in zip(self.given.items(), given, strict=False)}
-        return _carried_out(self._step if given else self._all, registers, self._level(level))["out"].to(self.wide)
-
-    def once(self, x: Tensor) -> list[Tensor]:
-        """What `given` names, of the wide type; x: (N, C, H, W)."""
-        registers = _carried_out(self._once, {"x": x}, None)
-        return [registers[name].to(self.wide) for name in self.given]
-
-    def _kind(self, name: str, operations: Sequence[Program]) -> torch.dtype:
-        """Of a register that is made of x alone: other operations than convolutions keep what they find."""
-        (made,) = (one for one in operations if one["to"] == name)
-        if made["do"] == "convolution":
-            return self.dtype
-        return self.wide if made["from"][0] == "x" else self._kind(made["from"][0], operations)
-
-    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.array(self._tensors[name])).to(self.device, dtype)
-
-    def _linear(self, *, weight: str, bias: str) -> Callable[[Tensor], Tensor]:
-        return partial(F.linear, weight=self._weight(weight, self.wide), bias=self._weight(bias, self.wide))
-
-    def _embedding(
-        self, *, input: str, scale: float, frequencies: str, layers: list[dict[str, str]], silu: bool, told: list[Mapping[str, str]]
-    ) -> Callable[[Tensor], _Level]:
-        """told: what convolutions make of the embedding, all of it in one product: each by itself is hardly more than a kernel's start."""
-        multiples, linear = scale * self._weight(frequencies, self.wide), [self._linear(**layer) for layer in layers]
-        weights, biases = ([self._weight(one[key], self.wide) for one in told] for key in ("weight", "bias"))
-        names, sizes = [one["weight"] for one in told], [len(bias) for bias in biases]
-        project = partial(F.linear, weight=torch.cat(weights), bias=torch.cat(biases)) if told else None
-
-        def embed(level: Tensor) -> _Level:
-            made = _Level(level)
-            phase = (made.value if input == "level" else (made.noise / made.gamma).log() / 2) * multiples
-            e = torch.cat([phase.sin(), phase.cos()], dim=1)
-            for i, layer in enumerate(linear):
-                e = layer(F.silu(e) if i else e)
-            if project:
-                made.told = dict(zip(names, torch.split(project(F.silu(e) if silu else e), sizes, dim=1), strict=True))
-            return made
-
-        return embed
-
-    def _operation(self, *, do: str, to: str, **rest: Any) -> Operation:
-        return {  # type: ignore[no-any-return, operator]
-            "convolution": self._convolution,
-            "resample": self._resample,
-            "attention": self._attention,
-            "unshuffle": self._unshuffle,
-            "to_bands": self._to_bands,
-            "from_bands": self._from_bands,
-        }[do](rest.pop("from"), **rest)
-
-    def _convolution(
-        self,
-        sources: list[str],
-        *,
-        norm: Mapping[str, Any] | None,
-        silu: bool,
-        resample: str | None,
-        weight: str,
-        bias: str | None,
-        stride: int,
-        level: Mapping[str, str] | None,
-        after: str | None,
-        add: str | None,
-        gain: float,
-    ) -> Operation:
-        kernel = self._weight(weight, self.dtype)
-        height, width = kernel.shape[2:]
-        padding = {(1, 1): 0, (3, 3): 1}[height, width]
-        convolve = partial(
-            F.conv2d, weight=kernel, bias=None if bias is None else self._weight(bias, self.dtype), stride=stride, padding=padding
-        )
-        normalise, conditioned = norm and self._norm(**norm), level and self._conditioned(**level)
-        resized, activated = {None: None, "up": _up, "down": _down}[resample], {None: False, "silu": True}[after]
-
-        def run(registers: Registers, known: _Level) -> Tensor:
-            h = _joined(registers, sources)
-            if normalise:
-                h = normalise(h)
-            if silu:
-                h = F.silu(h)
-            if resized:
-                h = resized(h)
-            h = convolve(h.to(self.dtype))
-            if conditioned:
-                h = conditioned(h, known)
-            if activated:
-                h = F.silu(h)
-            if add is not None:
-                h = h + registers[add].to(self.dtype)
-            return h if gain == 1 else h * gain
-
-        return run
-
-    def _norm(self, *, groups: int, eps: float, weight: str, bias: str) -> Callable[[Tensor], Tensor]:
-        scale, shift = self._weight(weight, self.wide), self._weight(bias, self.wide)
-        return lambda h: F.group_norm(h.to(self.wide), groups, scale, shift, eps).to(h.dtype)
-
-    def _conditioned(self, *, weight: str, bias: str, kind: str) -> Callable[[Tensor, _Level], Tensor]:
-        parts = {"shift": 1, "scale_shift": 2}[kind]
-
-        def run(h: Tensor, known: _Level) -> Tensor:
-            *scale, shift = _wide(known.told[weight]).to(h.dtype).chunk(parts, dim=1)
-            return (h * (1 + scale[0]) if scale else h) + shift
-
-        return run
-
-    def _resample(self, sources: list[str], *, by: str) -> Operation:
-        resized = {"up": _up, "down": _down}[by]
-        return lambda registers, known: resized(_one(registers, sources))
-
-    def _attention(self, sources: list[str]) -> Operation:
-        def run(registers: Registers, known: _Level) -> Tensor:
-            qkv = _one(registers, sources)
-            q, k, v = qkv.flatten(2).transpose(1, 2).chunk(3, dim=2)  # (N, H·W, C)
-            weights = torch.softmax((q * q.shape[2] ** -0.5 @ k.transpose(1, 2)).to(self.wide), dim=2).to(v.dtype)
-            return (weights @ v).transpose(1, 2).reshape(q.shape[0], q.shape[2], *qkv.shape[2:])
-
-        return run
-
-    def _unshuffle(self, sources: list[str], *, by: int) -> Operation:
-        return lambda registers, known: F.pixel_unshuffle(_one(registers, sources), by)
-
-    def _to_bands(self, sources: list[str], *, detail: float) -> Operation:
-        def run(registers: Registers, known: _Level) -> Tensor:
-            x, y, places = (registers[name].to(self.wide) for name in sources)
-            mean = _mean(x, places)
-            return torch.cat([F.pixel_unshuffle(mean, 2), _details(mean, y, known) * known.spread(detail).rsqrt()], dim=1)
-
-        return run
-
-    def _from_bands(self, sources: list[str], *, detail: float) -> Operation:
-        def run(registers: Registers, known: _Level) -> Tensor:
-            x, y, places, fine = (registers[name].to(self.wide) for name in sources)
-            mean, spread = _mean(x, places), known.spread(detail)
-            fine = fine * (_wide(known.noise).sqrt() * detail * spread.rsqrt())
-            fine = _details(mean, y, known) * (_wide(known.value) * detail**2 / spread) + fine
-            first, second, third = fine.chunk(3, dim=1)
-            return mean + _merge(_merge(torch.zeros_like(first), first, 3), _merge(second, third, 3), 2)
-
-        return run
-
-
-class _Level:
-    """What is known of the pictures' levels, each (N, 1): the value, γ, 1 - γ; and what convolutions are told, by the weight's name."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value, self.gamma = value, value * value
-        self.noise = (1 - self.gamma).clamp(min=1e-7)
-        self.told: dict[str, Tensor] = {}
-
-    def spread(self, detail: float) -> Tensor:
-        """(N, 1, 1, 1)."""
-        return _wide(self.gamma * detail**2 + self.noise)
-
-
-def _ordered(operations: Sequence[tuple[Program, Operation]], kept: Iterable[str]) -> list[Step]:
-    """Those operations, with the registers that no later one reads and that are not to be kept."""
-    steps, later = list[Step](), {*kept}
-    for described, operation in reversed(operations):
-        used = {*registers_read(described), described["to"]}
-        steps.append((described["to"], operation, used - later))
-        later |= used
-    return steps[::-1]
-
-
-def _carried_out(steps: Iterable[Step], registers: Registers, known: _Level | None) -> Registers:
-    """The registers that are left."""
-    for to, operation, done in steps:
-        registers[to] = operation(registers, known)  # type: ignore[arg-type]
-        for name in done:
-            del registers[name]
-    return registers
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value[:, :, None, None]
-
-
-def _joined(registers: Registers, sources: list[str]) -> Tensor:
-    return registers[sources[0]] if len(sources) == 1 else torch.cat([registers[name] for name in sources], dim=1)
-
-
-def _one(registers: Registers, sources: list[str]) -> Tensor:
-    (source,) = sources
-    return registers[source]
-
-
-def _up(h: Tensor) -> Tensor:
-    return F.interpolate(h, scale_factor=2, mode="nearest")
-
-
-def _down(h: Tensor) -> Tensor:
-    return F.avg_pool2d(h, 2)
-
-
-def _mean(x: Tensor, places: Tensor) -> Tensor:
-    """x and what `places`, of S² times its channels, holds for each S×S."""
-    return x + F.pixel_shuffle(places, x.shape[2] // places.shape[2])
-
-
-def _details(mean: Tensor, y: Tensor, known: _Level) -> Tensor:
-    """The three detail bands of y - √γ mean."""
-    low, high = _split(y - _wide(known.value) * mean, 2)
-    return torch.cat([_split(low, 3)[1], *_split(high, 3)], dim=1)
-
-
-def _lifted(line: Tensor, other: Tensor, step: int, dim: int, sign: float) -> Tensor:
-    """One step on `line`, odd places where `step` is even, reading `other`."""
-    n, reach, odd = line.shape[dim], len(LIFT[step]), step % 2 == 0
-    first, last = other.narrow(dim, 0, 1), other.narrow(dim, n - 1, 1)
-    wide = torch.cat([first] * (reach - odd) + [other] + [last] * (reach - 1 + odd), dim)
-    for k, tap in enumerate(LIFT[step]):
-        line = line + sign * tap * (wide.narrow(dim, reach - 1 - k, n) + wide.narrow(dim, reach + k, n))
-    return line
-
-
-def _split(h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """One level of the wavelet along `dim`: low and high band."""
-    even, odd = h.reshape(*h.shape[:dim], -1, 2, *h.shape[dim + 1 :]).unbind(dim + 1)
-    odd = _lifted(odd, even, 0, dim, 1)
-    even = _lifted(even, odd, 1, dim, 1)
-    odd = _lifted(odd, even, 2, dim, 1)
-    return even * GAIN, odd / GAIN
-
-
-def _merge(low: Tensor, high: Tensor, dim: int) -> Tensor:
-    """The inverse of `_split`."""
-    even, odd = low / GAIN, high * GAIN
-    odd = _lifted(odd, even, 2, dim, -1)
-    even = _lifted(even, odd, 1, dim, -1)
-    odd = _lifted(odd, even, 0, dim, -1)
-    return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
 
 
 def on_gpu(bundle: Bundle, request: Request) -> TorchOnGpu:

@@ -1,0 +1,304 @@
+"""A program (docs/program.md) carried out in PyTorch, at any precision and on any device.
+
+Written from the specification, not from the networks that programs are made of: it is also what other implementations are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sr3rt.program import GAIN, LIFT, Program, Tensors, check, parts, registers_read
+
+Registers = dict[str, Tensor]
+Operation = Callable[[Registers, "_Level"], Tensor]
+Step = tuple[str, Operation, set[str]]
+"""The register that is written, how, and those that are not needed after it."""
+
+
+class TorchProgram:
+    """`program(x, y, level)` is the prediction. Immutable, and safe to use from several threads.
+
+    So is `program(x, y, level, *program.once(x))`, with less to compute at every step. given: registers that `once` gives, and their types.
+    dtype: of convolutions and of what they give; of everything else too if that is float64, float32 otherwise: the level, norms, softmax
+    and the wavelet's arithmetic, which float16 cannot hold.
+    """
+
+    def __init__(self, program: Program, tensors: Tensors, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        """Raises KeyError, TypeError or ValueError for what is not a program."""
+        check(program)
+        self.dtype, self.wide, self.device = dtype, torch.float64 if dtype == torch.float64 else torch.float32, device
+        self._tensors, self._wavelet = tensors, _Wavelet(self.wide, device)
+        self._level = self._embedding(**program["level"], told=[one["level"] for one in program["operations"] if one.get("level")])
+        made = [(one, self._operation(**one)) for one in program["operations"]]
+        apart = parts(program["operations"])
+        self.given = {name: self._kind(name, program["operations"]) for name in (apart.given if apart else ())}
+        self._all = _ordered(made, {"out"})
+        self._step = _ordered([one for one in made if one[0] in apart.step], {"out"}) if apart else self._all
+        self._once = _ordered([one for one in made if one[0] in apart.once], {*self.given}) if apart else []
+        del self._tensors
+
+    def __call__(self, x: Tensor, y: Tensor, level: Tensor, *given: Tensor) -> Tensor:
+        """x, y: (N, C, H, W); level: (N, 1); the result, too, is of the wide type."""
+        registers = {"x": x, "y": y} | {name: value.to(kind) for (name, kind), value in zip(self.given.items(), given, strict=False)}
+        return _carried_out(self._step if given else self._all, registers, self._level(level))["out"].to(self.wide)
+
+    def once(self, x: Tensor) -> list[Tensor]:
+        """What `given` names, of the wide type; x: (N, C, H, W)."""
+        registers = _carried_out(self._once, {"x": x}, None)
+        return [registers[name].to(self.wide) for name in self.given]
+
+    def _kind(self, name: str, operations: Sequence[Program]) -> torch.dtype:
+        """Of a register that is made of x alone: other operations than convolutions keep what they find."""
+        (made,) = (one for one in operations if one["to"] == name)
+        if made["do"] == "convolution":
+            return self.dtype
+        return self.wide if made["from"][0] == "x" else self._kind(made["from"][0], operations)
+
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.array(self._tensors[name])).to(self.device, dtype)
+
+    def _linear(self, *, weight: str, bias: str) -> Callable[[Tensor], Tensor]:
+        return partial(F.linear, weight=self._weight(weight, self.wide), bias=self._weight(bias, self.wide))
+
+    def _embedding(
+        self, *, input: str, scale: float, frequencies: str, layers: list[dict[str, str]], silu: bool, told: list[Mapping[str, str]]
+    ) -> Callable[[Tensor], _Level]:
+        """told: what convolutions make of the embedding, all of it in one product: each by itself is hardly more than a kernel's start."""
+        multiples, linear = scale * self._weight(frequencies, self.wide), [self._linear(**layer) for layer in layers]
+        weights, biases = ([self._weight(one[key], self.wide) for one in told] for key in ("weight", "bias"))
+        names, sizes = [one["weight"] for one in told], [len(bias) for bias in biases]
+        project = partial(F.linear, weight=torch.cat(weights), bias=torch.cat(biases)) if told else None
+
+        def embed(level: Tensor) -> _Level:
+            made = _Level(level)
+            phase = (made.value if input == "level" else (made.noise / made.gamma).log() / 2) * multiples
+            e = torch.cat([phase.sin(), phase.cos()], dim=1)
+            for i, layer in enumerate(linear):
+                e = layer(F.silu(e) if i else e)
+            if project:
+                made.told = dict(zip(names, torch.split(project(F.silu(e) if silu else e), sizes, dim=1), strict=True))
+            return made
+
+        return embed
+
+    def _operation(self, *, do: str, to: str, **rest: Any) -> Operation:
+        return {  # type: ignore[no-any-return, operator]
+            "convolution": self._convolution,
+            "resample": self._resample,
+            "attention": self._attention,
+            "unshuffle": self._unshuffle,
+            "to_bands": self._to_bands,
+            "from_bands": self._from_bands,
+        }[do](rest.pop("from"), **rest)
+
+    def _convolution(
+        self,
+        sources: list[str],
+        *,
+        norm: Mapping[str, Any] | None,
+        silu: bool,
+        resample: str | None,
+        weight: str,
+        bias: str | None,
+        stride: int,
+        level: Mapping[str, str] | None,
+        after: str | None,
+        add: str | None,
+        gain: float,
+    ) -> Operation:
+        kernel = self._weight(weight, self.dtype)
+        height, width = kernel.shape[2:]
+        padding = {(1, 1): 0, (3, 3): 1}[height, width]
+        convolve = partial(
+            F.conv2d, weight=kernel, bias=None if bias is None else self._weight(bias, self.dtype), stride=stride, padding=padding
+        )
+        normalise, conditioned = norm and self._norm(**norm), level and self._conditioned(**level)
+        resized, activated = {None: None, "up": _up, "down": _down}[resample], {None: False, "silu": True}[after]
+
+        def run(registers: Registers, known: _Level) -> Tensor:
+            h = _joined(registers, sources)
+            if normalise:
+                h = normalise(h)
+            if silu:
+                h = F.silu(h)
+            if resized:
+                h = resized(h)
+            h = convolve(h.to(self.dtype))
+            if conditioned:
+                h = conditioned(h, known)
+            if activated:
+                h = F.silu(h)
+            if add is not None:
+                h = h + registers[add].to(self.dtype)
+            return h if gain == 1 else h * gain
+
+        return run
+
+    def _norm(self, *, groups: int, eps: float, weight: str, bias: str) -> Callable[[Tensor], Tensor]:
+        scale, shift = self._weight(weight, self.wide), self._weight(bias, self.wide)
+        return lambda h: F.group_norm(h.to(self.wide), groups, scale, shift, eps).to(h.dtype)
+
+    def _conditioned(self, *, weight: str, bias: str, kind: str) -> Callable[[Tensor, _Level], Tensor]:
+        parts = {"shift": 1, "scale_shift": 2}[kind]
+
+        def run(h: Tensor, known: _Level) -> Tensor:
+            *scale, shift = _wide(known.told[weight]).to(h.dtype).chunk(parts, dim=1)
+            return (h * (1 + scale[0]) if scale else h) + shift
+
+        return run
+
+    def _resample(self, sources: list[str], *, by: str) -> Operation:
+        resized = {"up": _up, "down": _down}[by]
+        return lambda registers, known: resized(_one(registers, sources))
+
+    def _attention(self, sources: list[str]) -> Operation:
+        def run(registers: Registers, known: _Level) -> Tensor:
+            qkv = _one(registers, sources)
+            q, k, v = qkv.flatten(2).transpose(1, 2).chunk(3, dim=2)  # (N, H·W, C)
+            weights = torch.softmax((q * q.shape[2] ** -0.5 @ k.transpose(1, 2)).to(self.wide), dim=2).to(v.dtype)
+            return (weights @ v).transpose(1, 2).reshape(q.shape[0], q.shape[2], *qkv.shape[2:])
+
+        return run
+
+    def _unshuffle(self, sources: list[str], *, by: int) -> Operation:
+        return lambda registers, known: F.pixel_unshuffle(_one(registers, sources), by)
+
+    def _to_bands(self, sources: list[str], *, detail: float) -> Operation:
+        def run(registers: Registers, known: _Level) -> Tensor:
+            mean, details = self._bands(registers, sources, known)
+            return torch.cat([F.pixel_unshuffle(mean, 2), details * known.spread(detail).rsqrt()], dim=1)
+
+        return run
+
+    def _from_bands(self, sources: list[str], *, detail: float) -> Operation:
+        *bands, fine = sources
+
+        def run(registers: Registers, known: _Level) -> Tensor:
+            (mean, details), spread = self._bands(registers, bands, known), known.spread(detail)
+            drawn = registers[fine].to(self.wide) * (_wide(known.noise).sqrt() * detail * spread.rsqrt())
+            return mean + self._wavelet.picture(details * (_wide(known.value) * detail**2 / spread) + drawn)
+
+        return run
+
+    def _bands(self, registers: Registers, sources: list[str], known: _Level) -> tuple[Tensor, Tensor]:
+        """The mean, and the details of y, made once."""
+        key = tuple(sources)
+        if key not in known.bands:
+            x, y, places = (registers[name].to(self.wide) for name in sources)
+            mean = _mean(x, places)
+            known.bands[key] = mean, self._wavelet.details(mean, y, known)
+        return known.bands[key]
+
+
+class _Level:
+    """What is known in a call of the pictures' levels, each (N, 1): the value, γ, 1 - γ; and what was made of them.
+
+    told: to convolutions, by the weight's name. bands: mean and details, by the registers that they are of.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.gamma = value, value * value
+        self.noise = (1 - self.gamma).clamp(min=1e-7)
+        self.told: dict[str, Tensor] = {}
+        self.bands: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    def spread(self, detail: float) -> Tensor:
+        """(N, 1, 1, 1)."""
+        return _wide(self.gamma * detail**2 + self.noise)
+
+
+def _ordered(operations: Sequence[tuple[Program, Operation]], kept: Iterable[str]) -> list[Step]:
+    """Those operations, with the registers that no later one reads and that are not to be kept."""
+    steps, later = list[Step](), {*kept}
+    for described, operation in reversed(operations):
+        used = {*registers_read(described), described["to"]}
+        steps.append((described["to"], operation, used - later))
+        later |= used
+    return steps[::-1]
+
+
+def _carried_out(steps: Iterable[Step], registers: Registers, known: _Level | None) -> Registers:
+    """The registers that are left."""
+    for to, operation, done in steps:
+        registers[to] = operation(registers, known)  # type: ignore[arg-type]
+        for name in done:
+            del registers[name]
+    return registers
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value[:, :, None, None]
+
+
+def _joined(registers: Registers, sources: list[str]) -> Tensor:
+    return registers[sources[0]] if len(sources) == 1 else torch.cat([registers[name] for name in sources], dim=1)
+
+
+def _one(registers: Registers, sources: list[str]) -> Tensor:
+    (source,) = sources
+    return registers[source]
+
+
+def _up(h: Tensor) -> Tensor:
+    return F.interpolate(h, scale_factor=2, mode="nearest")
+
+
+def _down(h: Tensor) -> Tensor:
+    return F.avg_pool2d(h, 2)
+
+
+def _mean(x: Tensor, places: Tensor) -> Tensor:
+    """x and what `places`, of S² times its channels, holds for each S×S."""
+    return x + F.pixel_shuffle(places, x.shape[2] // places.shape[2])
+
+
+class _Wavelet:
+    """The program's wavelet, its taps on the device. Along height (dim 2) and width (3); all channels by themselves."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self._taps = [torch.tensor([*taps[::-1], *taps], dtype=dtype, device=device) for taps in LIFT]
+
+    def details(self, mean: Tensor, y: Tensor, known: _Level) -> Tensor:
+        """The three detail bands of y - √γ mean."""
+        rows = torch.cat(self._split(y - _wide(known.value) * mean, 2), dim=1)
+        low, high = self._split(rows, 3)  # of low rows, then of high ones
+        first, third = high.chunk(2, dim=1)
+        return torch.cat([first, low[:, y.shape[1] :], third], dim=1)
+
+    def picture(self, details: Tensor) -> Tensor:
+        """Whose coarse band is zero."""
+        first, second, third = details.chunk(3, dim=1)
+        rows = self._merge(torch.cat([torch.zeros_like(first), second], dim=1), torch.cat([first, third], dim=1), 3)
+        low, high = rows.chunk(2, dim=1)
+        return self._merge(low, high, 2)
+
+    def _split(self, h: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """One level along `dim`: low and high band."""
+        even, odd = h.reshape(*h.shape[:dim], -1, 2, *h.shape[dim + 1 :]).unbind(dim + 1)
+        odd = self._lifted(odd, even, 0, dim, 1)
+        even = self._lifted(even, odd, 1, dim, 1)
+        odd = self._lifted(odd, even, 2, dim, 1)
+        return even * GAIN, odd / GAIN
+
+    def _merge(self, low: Tensor, high: Tensor, dim: int) -> Tensor:
+        """The inverse of `_split`."""
+        even, odd = low / GAIN, high * GAIN
+        odd = self._lifted(odd, even, 2, dim, -1)
+        even = self._lifted(even, odd, 1, dim, -1)
+        odd = self._lifted(odd, even, 0, dim, -1)
+        return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
+
+    def _lifted(self, line: Tensor, other: Tensor, step: int, dim: int, sign: int) -> Tensor:
+        """One step on `line`, odd places where `step` is even, reading `other`: as a convolution, which is one kernel."""
+        taps, odd = self._taps[step], step % 2 == 0
+        before, after = len(taps) // 2 - odd, len(taps) // 2 - 1 + odd
+        wide = F.pad(other, (0, 0, before, after) if dim == 2 else (before, after, 0, 0), mode="replicate")
+        moved = F.conv2d(wide.flatten(0, 1)[:, None], taps.view(1, 1, -1, 1) if dim == 2 else taps.view(1, 1, 1, -1))
+        return torch.add(line, moved.view(line.shape), alpha=sign)
