@@ -83,7 +83,8 @@ class TorchProgram:
             for i, layer in enumerate(linear):
                 e = layer(F.silu(e) if i else e)
             if project:
-                made.told = dict(zip(names, torch.split(project(F.silu(e) if silu else e), sizes, dim=1), strict=True))
+                projected = project(F.silu(e) if silu else e).to(self.dtype)
+                made.told = dict(zip(names, torch.split(projected, sizes, dim=1), strict=True))
             return made
 
         return embed
@@ -149,7 +150,7 @@ class TorchProgram:
         parts = {"shift": 1, "scale_shift": 2}[kind]
 
         def run(h: Tensor, known: _Level) -> Tensor:
-            *scale, shift = _wide(known.told[weight]).to(h.dtype).chunk(parts, dim=1)
+            *scale, shift = _wide(known.told[weight]).chunk(parts, dim=1)
             return (h * (1 + scale[0]) if scale else h) + shift
 
         return run
