@@ -61,6 +61,7 @@ def measure(
     output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("gpu.json"),
     workload: Annotated[list[str] | None, Parameter(negative=())] = None,
     compiled: bool = False,
+    seconds: float = 300,
 ) -> bool:
     """Measure everything.
 
@@ -72,6 +73,8 @@ def measure(
         Networks of benchmarks/workloads.py; the one that ships when not given.
     compiled
         Also PyTorch's compiled network, which takes minutes.
+    seconds
+        For each backend and precision, at most.
     """
     if reason := cuda.why_not():
         sys.exit(reason)
@@ -86,7 +89,7 @@ def measure(
     keep("copy", _tried(copy))
     for one in workload or ["shipped"]:
         for backend, precision in (*WAYS, *([(COMPILED, "fp16")] if compiled else [])):
-            keep(f"{one}, {backend} {precision}", _apart(one, backend, precision))
+            keep(f"{one}, {backend} {precision}", _apart(one, backend, precision, seconds))
     return all(result.get("holds", True) for result in found.values())
 
 
@@ -107,36 +110,42 @@ def way(workload: str, backend: str, precision: str, /, *, pictures: bool = True
     steps
         Of the runs that are timed.
     """
-    found: Report = {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            chosen = WORKLOADS[workload]
+    chosen, found = WORKLOADS[workload], Report()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
             bundle = _with_engines(chosen, precision, Path(folder)) if backend == "tensorrt" else chosen.bundle()
             network = _network(bundle, backend, precision)
-            if pictures and chosen.name == "shipped" and backend != COMPILED:
-                found["pictures"] = compare(bundle, backend, precision)
-            found["capture"] = capture(network, Task(chosen, 1, steps, 0, "cuda"))
-    except SR3Error as error:
-        found["not here"] = str(error)
-    parts = [part for part in found.values() if isinstance(part, dict)]
-    print(json.dumps({**found, **({"holds": all(part["holds"] for part in parts)} if parts else {})}))
+        except SR3Error as error:
+            print(json.dumps({"not here": str(error)}))
+            return
+        if pictures and chosen.name == "shipped" and backend != COMPILED:
+            found["pictures"] = _tried(partial(compare, bundle, backend, precision))
+        found["capture"] = _tried(partial(capture, network, Task(chosen, 1, steps, 0, "cuda")))
+    print(json.dumps({**found, "holds": all(part["holds"] for part in found.values())}), flush=True)
 
 
-def _apart(workload: str, backend: str, precision: str) -> Report:
-    """What `way` prints, in a process of its own; where it died, how."""
+def _apart(workload: str, backend: str, precision: str, seconds: float) -> Report:
+    """What `way` prints, in a process of its own; and how that ended, if badly."""
     command = [sys.executable, "-m", "benchmarks.gpu", "way", workload, backend, precision]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if done.returncode:
-        return {"failed": f"status {done.returncode}: {' | '.join(done.stderr.strip().splitlines()[-5:])}", "holds": False}
-    result: Report = json.loads(done.stdout.splitlines()[-1])
-    return result
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as words:
+        try:
+            done = subprocess.run(command, check=False, stdout=said, stderr=words, timeout=seconds, cwd=Path(__file__).parent.parent)
+            ended = f"status {done.returncode}" if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            ended = f"not done after {seconds:.0f} s"
+        said.seek(0)
+        words.seek(0)
+        lines, last = said.read().splitlines(), " | ".join(words.read().strip().splitlines()[-5:])
+    result: Report = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return {**result, "failed": f"{ended}: {last}", "holds": False} if ended else result
 
 
 def _tried(section: Callable[[], Report]) -> Report:
+    """Whatever goes wrong in it is what it found."""
     try:
         return section()
-    except SR3Error as error:
-        return {"failed": str(error), "holds": False}
+    except Exception as error:  # PyTorch's and others', too
+        return {"failed": f"{type(error).__name__}: {error}", "holds": False}
 
 
 def _network(bundle: Bundle, backend: str, precision: str) -> DeviceNetwork:
@@ -248,7 +257,8 @@ def compare(bundle: Bundle, backend: str, precision: str, *, side: int = 64) -> 
 
 def capture(network: DeviceNetwork, task: Task, *, runs: int = 5) -> Report:
     """Of one picture: equal: whether captured steps have the bits of others. Seconds of a whole run, from x to the picture, of either
-    kind, medians; of its kernels together; their ratio; and the twelve kernels that took most.
+    kind, medians; what the GPU's clock says of such a captured run; what its kernels took together, by the profiler; the run over both; and
+    the twelve kernels that took most.
     """
     x, rows = task.condition(), task.rows()
 
@@ -265,17 +275,19 @@ def capture(network: DeviceNetwork, task: Task, *, runs: int = 5) -> Report:
     captured, plain = engine(True), engine(False)
     equal = np.array_equal(picture(captured), picture(plain))
     seconds: dict[str, list[float]] = {"captured": [], "plain": []}
+    before = captured.seconds
     for _ in range(runs):
         for name, one in (("captured", captured), ("plain", plain)):
             begin = time.perf_counter()
             picture(one)
             seconds[name].append(time.perf_counter() - begin)
+    on_gpu = (captured.seconds - before) / runs
     kernels = _kernels(partial(picture, captured))
-    found = {f"{name}_s": median(times) for name, times in seconds.items()}
+    found: Report = {f"{name}_s": median(times) for name, times in seconds.items()}
     together, most = sum(kernels.values()), sorted(kernels.items(), key=lambda one: -one[1])[:12]
     over = found["captured_s"] / together if together else None
-    profile = {"kernels_s": together, "over_kernels": over, "most": dict(most)}
-    return {"steps": len(rows), "equal": equal, **found, **profile, "holds": equal and over is not None and over <= LOOP}
+    found |= {"gpu_s": on_gpu, "over_gpu": found["captured_s"] / on_gpu, "kernels_s": together, "over_kernels": over}
+    return {"steps": len(rows), "equal": equal, **found, "most": dict(most), "holds": equal and over is not None and over <= LOOP}
 
 
 def _kernels(run: Callable[[], object]) -> dict[str, float]:

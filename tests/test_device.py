@@ -354,8 +354,6 @@ def test_too_little_memory_says_what_was_needed_and_what_is_free(gpu: MakeCuda) 
     ("call", "error", "words"),
     [
         ("cudaGraphLaunch", "cudaErrorLaunchOutOfResources", "failed starting a graph: cudaErrorLaunchOutOfResources"),
-        ("cudaStreamEndCapture", "cudaErrorStreamCaptureInvalidated", "failed ending a graph's capture: cudaErrorStreamCaptureInvalidated"),
-        ("cudaGraphInstantiate", "cudaErrorInvalidValue", "failed making a graph: cudaErrorInvalidValue"),
         ("cudaHostAlloc", "cudaErrorMemoryAllocation", r"failed pinning [\d,]+ bytes of the host's memory: cudaErrorMemoryAllocation"),
         ("cudaStreamSynchronize", "cudaErrorUnknown", "failed in the network's first call: cudaErrorUnknown"),
     ],
@@ -366,6 +364,31 @@ def test_a_call_that_fails_loses_the_run_and_the_next_begins_anew(gpu: MakeCuda,
     with pytest.raises(BackendError, match=f"CUDA {words}. What was running on it is lost, the next call begins anew"):
         run(on_gpu(), *jobs(2))
     assert all(np.array_equal(a, run(on_host(), job)[0]) for a, job in zip(run(on_gpu(), *jobs(2)), jobs(2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        ("cudaStreamEndCapture", "cudaErrorStreamCaptureInvalidated", "ending a graph's capture: cudaErrorStreamCaptureInvalidated"),
+        ("cudaGraphInstantiate", "cudaErrorInvalidValue", "making a graph: cudaErrorInvalidValue"),
+        (None, None, "no such algorithm"),
+    ],
+)
+def test_steps_that_cannot_be_captured_are_started_call_by_call(gpu: MakeCuda, call: str | None, error: str, words: str) -> None:
+    made, calls = gpu(), itertools.count()
+
+    def after(stream: int, out: int) -> None:
+        if call is None and next(calls) == 1:  # the first is not captured
+            raise RuntimeError(words)
+
+    if call:
+        made.fail[call] = error
+    engine = on_gpu(network=OnGpu(1, 2, 4, after=after))
+    with pytest.warns(RuntimeWarning, match=f"steps of arithmetic in fp32 cannot be captured .* on Host GPU, .* slower: .*{words}"):
+        found = run(engine, *jobs(3))
+    assert all(np.array_equal(a, run(on_host(), job)[0]) for a, job in zip(found, jobs(3), strict=True))
+    assert "cudaGraphLaunch" not in made.calls
+    assert np.array_equal(run(engine, jobs(1)[0])[0], found[0])  # another call, of another size, without another warning
 
 
 def test_a_failure_in_the_middle_of_a_run_that_ends_the_gpu_says_so(gpu: MakeCuda) -> None:

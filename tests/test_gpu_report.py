@@ -84,3 +84,4 @@ def test_what_cannot_run_is_told_and_what_dies_leaves_the_rest(
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert "there is no NVIDIA driver here" in written["shipped, torch fp16"]["not here"]
     assert "KeyError: 'nowhere'" in written["nowhere, torch fp16"]["failed"]
+    assert "not done after 0 s" in report._apart("shipped", "torch", "fp16", 0.01)["failed"]

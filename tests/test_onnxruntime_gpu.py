@@ -106,6 +106,30 @@ def test_auto_takes_it_for_a_gpu_without_engines(on_host: Cuda) -> None:
 # --- refusals
 
 
+def test_an_onnxruntime_that_a_capture_would_end_is_named(on_host: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "__version__", "1.31.0")
+    with pytest.raises(BackendError, match=r'1\.31\.0 ends the process .* pip install --upgrade "onnxruntime-gpu>=1\.31\.1"'):
+        load(Bundle.open(SHIPPED), Request("onnxruntime", device="cuda"))
+    monkeypatch.setattr(ort, "__version__", "1.31.1")
+    assert load(Bundle.open(SHIPPED), Request("onnxruntime", device="cuda")).backend == "onnxruntime"
+
+
+def test_an_onnxruntime_that_does_not_find_cuda_does_not_take_the_processor(on_host: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    up = sr3rt.load(backend="onnxruntime", device="cuda")
+    monkeypatch.setattr(backend, "_on_stream", lambda gpu, stream: (backend.CUDA, {}))
+    session, asked = ort.InferenceSession, list[Any]()
+    monkeypatch.setattr(ort, "preload_dlls", lambda **options: asked.append(options))
+
+    def as_without_libraries(*of: Any, providers: Any, enable_fallback: int) -> Any:
+        asked.append(enable_fallback)
+        return session(*of, providers=[backend.CPU])
+
+    monkeypatch.setattr(ort, "InferenceSession", as_without_libraries)
+    with pytest.raises(BackendError, match=r'does not find the libraries of CUDA and cuDNN .* pip install "onnxruntime-gpu\[cuda,cudnn\]"'):
+        up.upscale(photograph(), seed=1)
+    assert asked == [{"msvc": False}, 0]
+
+
 def test_an_onnxruntime_for_the_cpu_is_named() -> None:
     if backend.CUDA in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cuda_on_host
@@ -34,7 +35,7 @@ def on_host(gpu: Made, monkeypatch: pytest.MonkeyPatch) -> Cuda:
     """CUDA on the host, with PyTorch's calls in its streams."""
     made = gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(backend, "TorchProgram", lambda *program, device, **rest: TorchProgram(*program, device="cpu", **rest))
     monkeypatch.setattr(backend, "_enqueuer", lambda gpu, stream: partial(made.enqueue, stream.handle))
     monkeypatch.setattr(backend, "_tensor", lambda address, shape, gpu: torch.from_numpy(made.array(address, shape)))

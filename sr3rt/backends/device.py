@@ -8,6 +8,7 @@ in which the busy slots are put together from the batch sizes that the network h
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
@@ -316,23 +317,37 @@ class DeviceEngine:
         """A call that enqueues a step of the first `count` slots."""
         calls = tuple(self._stage.cover(count))
         if calls not in self._steppers:
-            enqueue = partial(self._stage.step, calls, self._states.address)
+            enqueue: Callable[[], None] = partial(self._stage.step, calls, self._states.address)
             if self._capture:
                 self._stage.step(calls, self._idle)  # libraries set themselves up in a first call, which cannot be captured
                 self._stream.wait("in the network's first call")
-                enqueue = partial(Graph(self._stream, enqueue).launch, self._stream)
+                enqueue = self._captured(enqueue)
             self._steppers[calls] = enqueue
         return self._steppers[calls]
 
+    def _captured(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """The same as one graph; where that cannot be had, and the GPU is well, itself, with a warning."""
+        try:
+            return partial(Graph(self._stream, enqueue).launch, self._stream)
+        except Exception as error:  # the network's own, too
+            self._stream.wait("after a capture that failed")
+            self._capture = False
+            warnings.warn(
+                f"steps of {self._network.backend} in {self._network.precision} cannot be captured into a graph on {self._gpu.name}, "
+                f"and are started call by call, which is slower: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return enqueue
+
     def _table(self, job: Job) -> Memory:
         """The job's table on the GPU; runs that are alike share one."""
-        rows = np.ascontiguousarray(job.table, np.float32)
-        key = rows.tobytes()
+        key = np.ascontiguousarray(job.table, np.float32).tobytes()
         if key not in self._tables:
             if len(self._tables) >= TABLES:
                 self._stream.wait()  # a job that left may have steps queued that read its table
                 used = {slot.job.table.tobytes() for slot in self._slots}
                 self._tables = {one: memory for one, memory in self._tables.items() if one in used}
-            self._tables[key] = Memory(self._gpu, rows.nbytes, "a table of steps")
-            self._stream.to_device(self._tables[key].address, rows)
+            self._tables[key] = Memory(self._gpu, len(key), "a table of steps")
+            self._stream.to_device(self._tables[key].address, np.frombuffer(key, np.float32))  # which stays, however late it is read
         return self._tables[key]

@@ -5,7 +5,10 @@ stream of the loop of backends/device.py, and are captured with the step. That o
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CAPTURABLE = (1, 31, 1)
+"""The first version whose calls may be captured: https://github.com/microsoft/onnxruntime/pull/32121."""
 
 
 def why_not() -> str | None:
@@ -48,6 +53,12 @@ def why_not_on_gpu() -> str | None:
         return (
             f"onnxruntime {onnxruntime.__version__} here was built for the CPU alone: to run it on a GPU,  pip uninstall onnxruntime  "
             "and then  pip install onnxruntime-gpu  (the two overwrite each other)"
+        )
+    if tuple(map(int, re.findall(r"\d+", onnxruntime.__version__)[:3])) < CAPTURABLE:
+        needed = ".".join(map(str, CAPTURABLE))
+        return (
+            f"onnxruntime-gpu {onnxruntime.__version__} ends the process when its calls are captured into a graph: "
+            f'pip install --upgrade "onnxruntime-gpu>={needed}"'
         )
     return cuda.why_not()
 
@@ -99,10 +110,19 @@ def _session(bundle: Bundle, name: str, providers: list[Any], *, threads: int) -
     weights = {file: bundle.read(file) for file in beside}
     options.add_external_initializers_from_files_in_memory([*weights], [*weights.values()], [*map(len, weights.values())])
     model = bundle.read(name)
+    on_gpu = any(provider[0] == CUDA for provider in providers)
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=providers)
+        if on_gpu:
+            with redirect_stdout(sys.stderr):  # where it tells of what it does not find
+                onnxruntime.preload_dlls(msvc=False)  # CUDA's libraries as pip installs them, where no loader looks
+        session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's own exceptions have no common base
         raise BackendError(f"onnxruntime {onnxruntime.__version__} cannot load {bundle.path / name}: {error}") from error
+    if on_gpu and CUDA not in session.get_providers():  # it takes the CPU, and says nothing
+        raise BackendError(
+            f"onnxruntime {onnxruntime.__version__} does not find the libraries of CUDA and cuDNN that it was built for: "
+            'pip install "onnxruntime-gpu[cuda,cudnn]"'
+        )
     _MADE.add(session)
     return session
 
@@ -232,13 +252,14 @@ class OrtOnGpu(AnySize):
 
         def enqueue(addresses: Mapping[str, int]) -> None:
             places = tuple(addresses[name] for name in names)
-            if places not in bindings:
-                bindings[places] = binding = session.io_binding()
-                for name, shape in inputs.items():
-                    binding.bind_input(name, *self._place(), np.float32, (batch, *shape), addresses[name])
-                for name, shape in outputs.items():
-                    binding.bind_output(name, *self._place(), np.float32, (batch, *shape), addresses[name])
             try:
+                if places not in bindings:
+                    binding = session.io_binding()
+                    for name, shape in inputs.items():
+                        binding.bind_input(name, *self._place(), np.float32, (batch, *shape), addresses[name])
+                    for name, shape in outputs.items():
+                        binding.bind_output(name, *self._place(), np.float32, (batch, *shape), addresses[name])
+                    bindings[places] = binding
                 run(bindings[places])
             except Exception as error:  # onnxruntime's own exceptions have no common base
                 size = "×".join(map(str, (batch, *inputs["x"])))

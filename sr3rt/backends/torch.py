@@ -44,7 +44,7 @@ def on_gpu(bundle: Bundle, request: Request) -> TorchOnGpu:
         try:
             module = TorchProgram(program, tensors, dtype=kind, device=f"cuda:{gpu.index}")
             found = registers(program["operations"], tensors, bundle.manifest.channels)
-            torch.cuda.synchronize(gpu.index)  # the loop's stream does not wait for the one that the weights went by
+            torch.cuda.current_stream(gpu.index).synchronize()  # by which the weights went, and for which the loop's does not wait
         except torch.OutOfMemoryError as error:
             raise BackendError(f"the weights of {bundle.path} do not fit {gpu.name}: {error}") from error
     given = {name: found[name] for name in module.given}

@@ -115,6 +115,8 @@ class TorchProgram:
         gain: float,
     ) -> Operation:
         kernel = self._weight(weight, self.dtype)
+        if self.dtype in (torch.float16, torch.bfloat16):  # in the order of a GPU's units for these, which others are put into each time
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
         height, width = kernel.shape[2:]
         padding = {(1, 1): 0, (3, 3): 1}[height, width]
         convolve = partial(
