@@ -302,6 +302,8 @@ class _Wavelet:
         """One step on `line`, odd places where `step` is even, reading `other`: as a convolution, which is one kernel."""
         taps, odd = self._taps[step], step % 2 == 0
         before, after = len(taps) // 2 - odd, len(taps) // 2 - 1 + odd
-        wide = F.pad(other, (0, 0, before, after) if dim == 2 else (before, after, 0, 0), mode="replicate")
+        ends = (other.narrow(dim, place, 1) for place in (0, other.shape[dim] - 1))
+        first, last = (end.expand(*(count if i == dim else -1 for i in range(4))) for end, count in zip(ends, (before, after), strict=True))
+        wide = torch.cat([first, other, last], dim)  # torch.compile fails (2.13) where F.pad comes after a pixel_shuffle
         moved = F.conv2d(wide.flatten(0, 1)[:, None], taps.view(1, 1, -1, 1) if dim == 2 else taps.view(1, 1, 1, -1))
         return torch.add(line, moved.view(line.shape), alpha=sign)
