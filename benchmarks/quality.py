@@ -22,13 +22,17 @@ import numpy as np
 from cyclopts import App, Parameter
 from numpy.typing import NDArray
 from PIL import Image
-from skimage.metrics import structural_similarity
 
 import sr3rt
 from sr3rt.bundle import Consistency
 from sr3rt.cli import run_command
 from sr3rt.consistency import consistency_psnr
-from sr3rt.errors import OptionError
+from sr3rt.errors import MissingExtra, OptionError
+
+try:
+    from skimage.metrics import structural_similarity
+except ModuleNotFoundError:
+    raise SystemExit(str(MissingExtra("measuring quality", "scikit-image", "bench"))) from None
 
 CROP = 128
 Pixels = NDArray[np.uint8]
@@ -187,6 +191,10 @@ def main(
     output
         JSON file for the figures.
     """
+    if samples < 1:
+        raise OptionError(f"--samples must be 1 or more, found {samples}")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)  # or it is told now that it cannot be, and not after hours
     upscaler = sr3rt.load(model)
     originals = [crop for picture in photographs(images, names) for crop in crops(picture)]
     rows = []

@@ -15,11 +15,14 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tritonclient.grpc
-import tritonclient.http
-from rich.progress import Progress
-from tritonclient.utils import InferenceServerException
+try:
+    import numpy as np
+    import tritonclient.grpc
+    import tritonclient.http
+    from rich.progress import Progress
+    from tritonclient.utils import InferenceServerException
+except ModuleNotFoundError as error:
+    raise SystemExit(f'{error}: run  pip install "tritonclient[http,grpc]" rich') from None
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 SLACK = 5.0  # seconds that the server's own answer, that time ran out, has to arrive
@@ -41,6 +44,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.suffix.lower() not in FORMATS:
         parser.error(f"{options.output}: expected a name that ends in {', '.join(FORMATS)}")
+    if options.server and "://" in options.server:
+        parser.error(f"--server {options.server}: expected host:port, without a scheme")
+    if options.previews and options.protocol != "stream":
+        parser.error(f"--previews: only a stream has them, and --protocol is {options.protocol}")
     given = {name: getattr(options, name) for name in ("steps", "seed", "sampler")}
     parameters = {name: value for name, value in given.items() if value is not None}
     parameters |= {"format": FORMATS[options.output.suffix.lower()], "timeout_ms": round(1000 * options.timeout)}

@@ -352,6 +352,8 @@ def train(
         raise OptionError(f"--minutes must be more than 0, found {minutes:g}")
     if part == "details" and start is None:
         raise OptionError("details are drawn given a mean: give --start FILE, which `train.py mean` wrote, or a bundle")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"PyTorch {torch.__version__} finds no GPU here: use --device cpu, or a PyTorch that was built for CUDA")
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     run = Run(from_file(start) if start else CompactUNet(CompactConfig()), part, rate=rate, decay=decay, device=device)

@@ -11,6 +11,7 @@ from sr3rt.bundle import Consistency
 from sr3rt.errors import OptionError
 from sr3rt.images import ImageLike, Limits, read
 from sr3rt.options import CascadeOptions, Method, OnStep, Tile, seeds
+from sr3rt.refinement import Plan
 from sr3rt.result import Result
 from sr3rt.upscaler import Upscaler
 
@@ -70,13 +71,10 @@ class Cascade:
 
         Raises what `Upscaler.run` does; of every stage, what can be known of options and sizes is checked before any step.
         """
-        each: list[int | None] = list(steps) if isinstance(steps, Sequence) else [steps] * len(self.stages)
-        if len(each) != len(self.stages):
-            raise OptionError(f"{len(each)} numbers of steps for {len(self.stages)} models: give one, or one for each")
+        method: Method = {"sampler": sampler, "schedule": schedule, "consistency": consistency}
+        each, plans = self._each(steps), self.plans(steps=steps, **method, tile=tile)
         single = not isinstance(image, (list, tuple))
         drawn = seeds(seed, 1 if single else len(image))  # type: ignore[arg-type]
-        method: Method = {"sampler": sampler, "schedule": schedule, "consistency": consistency}
-        plans = [stage.plan(steps=count, **method, tile=tile) for stage, count in zip(self.stages, each, strict=True)]
         images: list[Any] = [image] if single else list(image)  # type: ignore[arg-type]
         pictures = [read(one, limits=self.limits) for one in images]
         for picture in pictures:
@@ -97,6 +95,26 @@ class Cascade:
             if hasattr(result.image, "info"):
                 result.image.info.update(result.provenance)
         return results
+
+    def plans(
+        self,
+        *,
+        steps: int | Sequence[int | None] | None = None,
+        sampler: str | None = None,
+        schedule: str | Sequence[float] | None = None,
+        consistency: Consistency | None = None,
+        tile: Tile = "auto",
+    ) -> list[Plan]:
+        """The options of `run` that hold for every picture, checked, for each stage. Raises OptionError."""
+        method: Method = {"sampler": sampler, "schedule": schedule, "consistency": consistency}
+        return [stage.plan(steps=count, **method, tile=tile) for stage, count in zip(self.stages, self._each(steps), strict=True)]
+
+    def _each(self, steps: int | Sequence[int | None] | None) -> list[int | None]:
+        """Each stage's."""
+        each: list[int | None] = list(steps) if isinstance(steps, Sequence) else [steps] * len(self.stages)
+        if len(each) != len(self.stages):
+            raise OptionError(f"{len(each)} numbers of steps for {len(self.stages)} models: give one, or one for each")
+        return each
 
 
 class _Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,7 @@ def upscale(
     """
     from sr3rt.cascade import Cascade
     from sr3rt.images import read
+    from sr3rt.options import seeds
     from sr3rt.saving import check_target
     from sr3rt.upscaler import load
     from sr3rt.work import make_folder, passed_over, planned
@@ -108,11 +110,14 @@ def upscale(
         errors.print(f"{len(work) - len(todo)} of {len(work)} outputs exist and are skipped (--overwrite replaces them)")
     if others := passed_over(input):
         errors.print(f"{len(others)} in formats that are not read are passed over: {escape(', '.join(others))}", soft_wrap=True)
+    asked: dict[str, Any] = {"backend": backend, "precision": precision, "device": device, "threads": threads, "rerun": rerun}
+    upscaler = Cascade(*(load(one, **asked) for one in model or (None,)))
+    counts = steps[0] if steps and len(steps) == 1 else steps
+    options: dict[str, Any] = {"steps": counts, "sampler": sampler, "consistency": consistency, "tile": tile}
+    upscaler.plans(**options)  # a wrong one is told whether there is work or not
+    seeds(seed, 1)
     if not todo:
         return 0
-    options: dict[str, Any] = {"backend": backend, "precision": precision, "device": device, "threads": threads, "rerun": rerun}
-    upscaler = Cascade(*(load(one, **options) for one in model or (None,)))
-    counts = steps[0] if steps and len(steps) == 1 else steps
     make_folder(todo[0].target.parent)
     failed = 0
     with _bar(len(todo)) as start:
@@ -121,15 +126,7 @@ def upscale(
             try:
                 picture = read(source, limits=upscaler.limits)
                 check_target(picture, target, scale=upscaler.scale)  # before minutes of work
-                (result,) = upscaler.run(
-                    picture,
-                    steps=counts,
-                    sampler=sampler,
-                    seed=seed,
-                    consistency=consistency,
-                    tile=tile,
-                    on_step=start(source.name),
-                )
+                (result,) = upscaler.run(picture, **options, seed=seed, on_step=start(source.name))
                 _write(one, picture, result.image, result.provenance if provenance else {})
             except (SR3Error, OSError, MemoryError) as error:
                 if isinstance(error, OptionError):
@@ -285,7 +282,7 @@ def serve(
 
 @app.command(help_flags=[], version_flags=[])
 def export(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> None:
-    """Turn a trained checkpoint into a verified bundle (needs torch); `sr3rt export --help` says how."""
+    """Turn a trained checkpoint into a verified bundle; needs torch, and with it `sr3rt export --help` says how."""
     from sr3rt.export.to_onnx import command  # only now: nothing else here needs torch
 
     run_command(command("sr3rt export"), list(arguments))
@@ -293,6 +290,9 @@ def export(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> 
 
 def run_command(command: App, arguments: list[str] | None = None) -> None:
     """Run a command line and exit: 0, 1 for an error that is printed in one line, 2 for wrong usage, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal has no sign for must not end the work
+            stream.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _complain(f"warning: {message}")

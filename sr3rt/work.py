@@ -10,7 +10,10 @@ from sr3rt.errors import OptionError
 from sr3rt.saving import SUFFIXES as WRITTEN
 
 READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-OTHERS = (".apng", ".avif", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # pictures that are not read
+OTHERS = (  # pictures that are not read
+    ".apng", ".arw", ".avif", ".cr2", ".cr3", ".dds", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif", ".icns", ".ico", ".j2k",
+    ".jfif", ".jp2", ".jpe", ".jxl", ".nef", ".orf", ".pam", ".pcx", ".pfm", ".psd", ".qoi", ".raf", ".rw2", ".svg", ".tga", ".wdp", ".xcf",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -162,9 +163,29 @@ def test_existing_outputs_are_skipped_unless_told_otherwise(upscale: Command, ph
     assert Image.open(tmp_path / "out" / "a.png").size == (40, 24)
 
 
-def test_a_skipped_picture_needs_no_bundle(sr3rt: Command, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("-m", "none"), "none"),
+        (("-n", "0"), "steps must be between 1 and"),
+        (("--seed", "-1"), "seed must be"),
+        (("-t", "3"), "tile must be"),
+    ],
+)
+def test_what_is_asked_wrongly_is_told_before_any_folder_is_made_and_where_nothing_is_to_be_done(
+    upscale: Command, photos: Path, tmp_path: Path, options: tuple[str, str], words: str
+) -> None:
+    status, _, said = upscale("-i", photos, "-o", tmp_path / "out", *options)
+    assert (status, words in said, (tmp_path / "out").exists()) == (1, True, False)
     (tmp_path / "out.png").touch()
-    assert sr3rt("upscale", "-m", tmp_path / "none", "-i", photos / "a.png", "-o", tmp_path / "out.png")[0] == 0
+    status, _, said = upscale("-i", photos / "a.png", "-o", tmp_path / "out.png", *options)
+    assert (status, words in said) == (1, True)
+
+
+def test_what_the_terminal_has_no_sign_for_ends_nothing() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "sr3rt", "info"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr, b"?" in done.stdout) == (0, b"", True)
 
 
 def test_the_run_is_noted_in_the_picture(upscale: Command, bundle: Path, photos: Path, tmp_path: Path) -> None:

@@ -381,7 +381,7 @@ def test_without_a_gpu_or_tensorrt_the_reason_is_told(built: Path, monkeypatch: 
         load(Bundle.open(built), Request("tensorrt"))
     assert load(Bundle.open(built), Request()).backend == "native"
     monkeypatch.setattr(tensorrt, "FLAVOURS", ("no_tensorrt",))
-    assert tensorrt.why_not() == str(MissingExtra("TensorRT", "tensorrt_rtx", "rtx"))
+    assert tensorrt.why_not() == str(MissingExtra("TensorRT", "tensorrt_rtx", "gpu,rtx"))
 
 
 # --- what the exporter writes

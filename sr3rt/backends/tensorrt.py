@@ -36,7 +36,7 @@ def flavour() -> str:
     for name in FLAVOURS:
         if find_spec(name):
             return name
-    raise MissingExtra("TensorRT", "tensorrt_rtx", "rtx")
+    raise MissingExtra("TensorRT", "tensorrt_rtx", "gpu,rtx")
 
 
 class Log:

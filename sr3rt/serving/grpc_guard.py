@@ -17,7 +17,7 @@ try:
     from google.protobuf.message import DecodeError
     from tritonclient.grpc import service_pb2
 except ModuleNotFoundError as error:
-    raise MissingExtra("serving (in an environment of its own: Triton here wants NumPy 1.26)", "tritonclient", "cpu,serve") from error
+    raise MissingExtra("serving (in an environment of its own: Triton here wants NumPy 1.26)", "tritonclient", "serve") from error
 
 _SERVICE = "/inference.GRPCInferenceService/"
 INFER, STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"

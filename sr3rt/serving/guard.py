@@ -36,7 +36,7 @@ try:
     import aiohttp
     from aiohttp import web
 except ModuleNotFoundError as error:
-    raise MissingExtra("serving (in an environment of its own: Triton here wants NumPy 1.26)", "aiohttp", "cpu,serve") from error
+    raise MissingExtra("serving (in an environment of its own: Triton here wants NumPy 1.26)", "aiohttp", "serve") from error
 
 _MODEL = "/v2/models/(sr3|sr3_stream)(/versions/[0-9]{1,9})?"
 OFFERED = {

@@ -35,6 +35,7 @@ Send = Callable[[dict[str, Any], bytes], None]
 TAKEN = 10.0  # seconds for a connection to be taken
 PAUSE = 0.2  # seconds between attempts to take one, when that fails
 KEPT = 16  # idle connections
+LATER = "try again later; restart the server if it stays so"
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Peer:
                 line.close()
                 if kept:  # it may have been closed long ago
                     continue
-                raise Stopped(f"the model that holds the weights is gone, restart the server: {type(error).__name__}") from None
+                raise Stopped(f"the model that holds the weights is gone ({type(error).__name__}): {LATER}") from None
             if len(self._idle) < KEPT:
                 self._idle.append(line)
             else:
@@ -185,13 +186,10 @@ class Peer:
                 new.close()
                 raise
         except TimeoutError:
-            raise Stopped(
-                f"the model that holds the weights did not take the request within {TAKEN:g} s: try again later; restart the server if it "
-                "stays so"
-            ) from None
+            raise Stopped(f"the model that holds the weights did not take the request within {TAKEN:g} s: {LATER}") from None
         except (EOFError, OSError) as error:
             why = getattr(error, "strerror", None) or type(error).__name__
-            raise Stopped(f"the model that holds the weights cannot be reached, restart the server: {why}") from None
+            raise Stopped(f"the model that holds the weights cannot be reached ({why}): {LATER}") from None
         yield new, False
 
 

@@ -222,12 +222,12 @@ def _installed(folder: Path) -> tuple[list[str], dict[str, str]]:
         raise MissingExtra(
             "a Triton Inference Server (none is on PATH; here it wants an environment of its own, with NumPy 1.26)",
             "nvidia-pytriton",
-            "cpu,serve",
+            "serve",
         )
     if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
         raise BackendError(
             f"this Triton Inference Server corrupts tensors of NumPy 2, and NumPy {np.__version__} is installed: "
-            'make an environment of its own and there run  pip install "sr3rt[cpu,serve]"'
+            'make an environment of its own and there run  pip install "sr3rt[serve]"'
         )
     triton = Path(spec.submodule_search_locations[0]) / "tritonserver"
     stub = triton / "python_backend_stubs" / sysconfig.get_python_version() / "triton_python_backend_stub"

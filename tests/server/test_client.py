@@ -32,7 +32,8 @@ def port(triton: Any, protocol: str) -> int:
 
 @PROTOCOLS
 def test_the_example_client_upscales(triton: Any, tmp_path: Path, protocol: str) -> None:
-    done = run(tmp_path, port(triton, protocol), protocol, "--steps", "4", "--seed", "5", "--previews", "1")
+    previews = ("--previews", "1") if protocol == "stream" else ()
+    done = run(tmp_path, port(triton, protocol), protocol, "--steps", "4", "--seed", "5", *previews)
     assert done.returncode == 0, done.stderr
     assert "seed 5, 4 steps" in done.stdout
     expected = np.asarray(sr3rt.upscale(encoded(PICTURE), steps=4, seed=5))
@@ -51,6 +52,15 @@ def test_the_suffix_says_the_format(triton: Any, tmp_path: Path, protocol: str, 
 def test_a_suffix_of_no_format_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     done = run(tmp_path, 1, "http", output="large.bmp")
     assert (done.returncode, "large.bmp: expected a name that ends in .png, .jpg" in done.stderr) == (2, True)
+
+
+def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
+    for options, message in (
+        (("--server", "http://127.0.0.1:8000"), "expected host:port, without a scheme"),
+        (("--previews", "5"), "--previews: only a stream has them"),
+    ):
+        done = run(tmp_path, 1, "http", *options)
+        assert (done.returncode, message in done.stderr) == (2, True)
 
 
 @PROTOCOLS
