@@ -34,7 +34,8 @@ class TorchProgram:
         """Raises KeyError, TypeError or ValueError for what is not a program."""
         check(program)
         self.dtype, self.wide, self.device = dtype, torch.float64 if dtype == torch.float64 else torch.float32, device
-        self._tensors, self._wavelet = tensors, _Wavelet(self.wide, device)
+        self._tensors = tensors
+        self._wavelet = _Wavelet(self._channels(program["operations"]), self.wide, device)
         self._level = self._embedding(**program["level"], told=[one["level"] for one in program["operations"] if one.get("level")])
         made = [(one, self._operation(**one)) for one in program["operations"]]
         apart = parts(program["operations"])
@@ -53,6 +54,14 @@ class TorchProgram:
         """What `given` names, of the wide type; x: (N, C, H, W)."""
         registers = _carried_out(self._once, {"x": x}, None)
         return [registers[name].to(self.wide) for name in self.given]
+
+    def _channels(self, operations: Sequence[Program]) -> int:
+        """Of the picture, as far as the wavelet needs them: a third of what its details are drawn with. 0 without one."""
+        made = {one["to"]: one for one in operations}
+        name = next((one["from"][-1] for one in operations if one["do"] == "from_bands"), None)
+        while name and made[name]["do"] != "convolution":
+            name = made[name]["from"][0]
+        return len(self._tensors[made[name]["weight"]]) // 3 if name else 0
 
     def _kind(self, name: str, operations: Sequence[Program]) -> torch.dtype:
         """Of a register that is made of x alone: other operations than convolutions keep what they find."""
@@ -263,10 +272,11 @@ def _mean(x: Tensor, places: Tensor) -> Tensor:
 
 
 class _Wavelet:
-    """The program's wavelet, its taps on the device. Along height (dim 2) and width (3); all channels by themselves."""
+    """The program's wavelet on pictures of so many channels, each by itself. Along height (dim 2) and width (3)."""
 
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
-        self._taps = [torch.tensor([*taps[::-1], *taps], dtype=dtype, device=device) for taps in LIFT]
+    def __init__(self, channels: int, dtype: torch.dtype, device: str) -> None:
+        kernels = [torch.tensor([*taps[::-1], *taps], dtype=dtype, device=device).repeat(2 * channels, 1, 1, 1) for taps in LIFT]
+        self._kernels = {2: [kernel.transpose(2, 3).contiguous() for kernel in kernels], 3: kernels}
 
     def details(self, mean: Tensor, y: Tensor, known: _Level) -> Tensor:
         """The three detail bands of y - √γ mean."""
@@ -300,10 +310,9 @@ class _Wavelet:
 
     def _lifted(self, line: Tensor, other: Tensor, step: int, dim: int, sign: int) -> Tensor:
         """One step on `line`, odd places where `step` is even, reading `other`: as a convolution, which is one kernel."""
-        taps, odd = self._taps[step], step % 2 == 0
-        before, after = len(taps) // 2 - odd, len(taps) // 2 - 1 + odd
+        channels, reach, odd = line.shape[1], len(LIFT[step]), step % 2 == 0
+        before, after = reach - odd, reach - 1 + odd
         ends = (other.narrow(dim, place, 1) for place in (0, other.shape[dim] - 1))
         first, last = (end.expand(*(count if i == dim else -1 for i in range(4))) for end, count in zip(ends, (before, after), strict=True))
         wide = torch.cat([first, other, last], dim)  # torch.compile fails (2.13) where F.pad comes after a pixel_shuffle
-        moved = F.conv2d(wide.flatten(0, 1)[:, None], taps.view(1, 1, -1, 1) if dim == 2 else taps.view(1, 1, 1, -1))
-        return torch.add(line, moved.view(line.shape), alpha=sign)
+        return torch.add(line, F.conv2d(wide, self._kernels[dim][step][:channels], groups=channels), alpha=sign)

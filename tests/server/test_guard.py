@@ -403,5 +403,5 @@ def test_closing_waits_for_nobody_who_is_silent() -> None:
 def test_without_aiohttp_the_error_is_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sr3rt.serving.guard")
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(MissingExtra, match=r"aiohttp.*sr3rt\[cpu,serve\]"):
+    with pytest.raises(MissingExtra, match=r"aiohttp.*sr3rt\[serve\]"):
         importlib.import_module("sr3rt.serving.guard")
