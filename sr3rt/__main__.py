@@ -1,5 +1,16 @@
-"""`python -m sr3rt` is `sr3rt`."""
+"""The command `sr3rt`, and `python -m sr3rt`."""
 
-from sr3rt.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """As `sr3rt.cli.main`, which takes longest to import: an interruption meanwhile ends it like any other."""
+    try:
+        from sr3rt.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

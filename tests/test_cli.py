@@ -341,6 +341,16 @@ def test_an_interruption_is_status_130(upscale: Command, photos: Path, tmp_path:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_an_interruption_before_anything_began_is_status_130_too() -> None:
+    interrupted = (
+        "import builtins, signal, os; given = builtins.__import__\n"
+        "def of(name, *rest): os.kill(os.getpid(), signal.SIGINT) if name == 'cyclopts' else None; return given(name, *rest)\n"
+        "builtins.__import__ = of; from sr3rt.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 # --- info, doctor, export
 
 
