@@ -36,7 +36,7 @@ def flavour() -> str:
     for name in FLAVOURS:
         if find_spec(name):
             return name
-    raise MissingExtra("TensorRT", "tensorrt_rtx", "gpu,rtx")
+    raise MissingExtra("TensorRT", "tensorrt_rtx", "rtx")
 
 
 class Log:
@@ -69,10 +69,8 @@ def module() -> tuple[Any, Any, Log]:
 
 def why_not() -> str | None:
     """Why this backend cannot run here, or None when it can."""
-    try:
-        flavour()
-    except MissingExtra as error:
-        return str(error)
+    if not any(map(find_spec, FLAVOURS)):
+        return str(MissingExtra("TensorRT", "tensorrt_rtx", "gpu,rtx"))  # all that it takes to run, which building does not
     return cuda.why_not()
 
 
