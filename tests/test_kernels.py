@@ -12,9 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cuda_on_host
 import numpy as np
 import ptx
 import pytest
+from arithmetic_on_gpu import jobs, on_gpu, on_host
+from arithmetic_on_gpu import run as done
 from cuda_on_host import launch
 from numpy.typing import NDArray
 
@@ -98,6 +101,23 @@ def test_slots_of_different_runs_do_what_the_native_step_does_in_every_bit(
         assert (x0 == expected_x0).all()
     assert slots["row"].tolist() == [5, 9, 3, 1, 0]
     assert not slots["broken"].any()
+
+
+@without_bindings
+def test_the_loop_with_kernels_made_for_a_gpu_has_the_hosts_bits_and_reaches_no_memory_but_its_own(
+    machine: ptx.Machine, gpu: Callable[..., cuda_on_host.Cuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, on_the_host = gpu(), cuda_on_host.launch
+
+    def launched(library: ctypes.CDLL, name: str, blocks: tuple[int, int], threads: int, arguments: tuple[Any, ...], types: Any) -> None:
+        if name in NAMES:
+            machine.launch(name, blocks, threads, arguments, [*made._blocks.values()])
+        else:  # the network's
+            on_the_host(library, name, blocks, threads, arguments, types)
+
+    monkeypatch.setattr(cuda_on_host, "launch", launched)
+    for found, job in zip(done(on_gpu(capacity=5), *jobs(5)), jobs(5), strict=True):
+        assert np.array_equal(found, done(on_host(), job)[0])
 
 
 def test_the_step_in_which_a_slot_broke_is_kept(kernel: Callable[..., None]) -> None:
