@@ -15,9 +15,13 @@ VENV_SERVE = .venv-serve/.stamp
 
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard sr3rt/native/*)
 PACKAGE := $(NATIVE) LICENSE README.md $(shell find sr3rt export triton_repo -type f -not -name '*.pyc' -not -name '*.so')
-# What runs without the export extra, and so with the oldest numpy that is supported.
+# What runs without the export extra.
 RUNTIME_TESTS = $(shell grep -LE '^ *(import|from) +(torch|onnx|safetensors|export|sr3rt\.export|benchmarks)\b' tests/test_*.py \
 	| grep -v test_package)
+# The lowest versions that pyproject.toml admits of what runs, but for NumPy, of which Triton decides.
+OLDEST = $(shell $(SERVE_PYTHON) -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	needed = project['dependencies'] + project['optional-dependencies']['cpu']; \
+	print(*(one.replace('>=', '==') for one in needed if not one.startswith('numpy')))")
 # NumPy 1.26, which Triton needs, has no wheels for Python 3.13 and later.
 SERVE_PYTHON ?= $(shell for python in $(PYTHON) python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
@@ -34,7 +38,7 @@ test:
 	$(MAKE) test-serve
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
-# What needs no torch, with the oldest NumPy; and everything that asks a real Triton Inference Server.
+# What needs no torch, with the oldest versions of what it does need; and everything that asks a real Triton Inference Server.
 test-serve: $(VENV_SERVE)
 	.venv-serve/bin/python -m pytest -q tests/server
 	.venv-serve/bin/python -m pytest -q -n 2 --dist loadfile $(RUNTIME_TESTS)
@@ -63,7 +67,7 @@ $(VENV_SERVE): $(NATIVE)
 	@test -n '$(SERVE_PYTHON)' || { echo 'No Python 3.11 or 3.12 is here: Triton Inference Server cannot be tested. Install one.'; exit 1; }
 	@echo 'Making .venv-serve, with Triton Inference Server and without torch: about a minute.'
 	$(SERVE_PYTHON) -m venv .venv-serve
-	.venv-serve/bin/python $(PIP_INSTALL) --editable '.[cpu,serve]' pytest pytest-xdist scikit-image \
+	.venv-serve/bin/python $(PIP_INSTALL) --editable '.[cpu,serve]' $(OLDEST) pytest pytest-xdist scikit-image \
 		|| { echo 'Triton Inference Server could not be installed: its tests cannot run, and so `make test` fails.'; exit 1; }
 	@touch $@
 

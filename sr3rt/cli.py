@@ -343,10 +343,13 @@ def _write(work: Work, picture: Picture, image: Image.Image, provenance: dict[st
 @contextmanager
 def _bar(files: int) -> Iterator[Callable[[str], Callable[[int, int, object], None]]]:
     """Progress with steps and time left, on a terminal; nothing elsewhere. Gives a function that makes a picture's `on_step`."""
+    if not errors.is_terminal:  # where some versions of rich write an empty line
+        yield lambda name: lambda step, steps, preview: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("", total=None)
         count = iter(range(1, files + 1))
 

@@ -42,7 +42,7 @@ SUFFIXES: dict[str, str] = {
 }
 
 _LONGEST = {"JPEG": 65535, "WEBP": 16383}  # sides, pixels
-_LONGEST_COMMENT = 65533  # bytes in a JPEG: a segment's length is of 16 bits and counts its own two bytes
+_LONGEST_COMMENT = 60_000  # bytes in a JPEG: it must fit, with all else before the pixels, into the 65,536 that Pillow has had for that
 QUALITY = 95  # of JPEG (without chroma subsampling) and WebP, the lossy formats
 _IMAGE_DESCRIPTION = 270  # TIFF 6.0, page 34
 
@@ -120,6 +120,8 @@ def check(mode: str, kind: str) -> None:
 def encode(image: Image.Image, kind: str, *, provenance: dict[str, str] | None = None) -> bytes:
     """The bytes of a file in format `kind`, one of Pillow's names: PNG, JPEG, WEBP, BMP, TIFF, PPM or PGM. Otherwise as `save`."""
     check(image.mode, kind)
+    if not (image.width and image.height):
+        raise ImageError(f"{image.width}×{image.height} pixels cannot be written as {kind}: there are none")
     encoded = io.BytesIO()
     try:
         image.save(encoded, "PPM" if kind == "PGM" else kind, icc_profile=image.info.get("icc_profile"), **_options(kind, provenance))

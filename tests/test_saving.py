@@ -53,7 +53,7 @@ def test_provenance_is_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_comment_that_is_too_long_for_a_jpeg_is_left_out(tmp_path: Path) -> None:
-    for length, kept in ((65533, True), (65534, False)):
+    for length, kept in ((60_000, True), (60_001, False)):
         save(photograph(), tmp_path / "out.jpg", provenance={"sr3rt:schedule": "x" * (length - len('{"sr3rt:schedule": ""}'))})
         assert len(reopened(tmp_path / "out.jpg").info.get("comment", b"")) == (length if kept else 0)
 
@@ -88,7 +88,7 @@ def test_an_array_is_written_as_the_picture_that_it_is(shape: tuple[int, ...], k
         (np.zeros((4, 4, 3), np.uint16), r"no 16-bit colour .*: save np\.round\(array / 257\)\.astype\(np\.uint8\)"),
         (np.zeros((4, 4), np.int64), "int64: expected uint8 or uint16: convert it first"),
         (np.zeros((3, 8, 8), np.uint8), "channels last"),
-        (np.zeros((0, 8), np.uint8), "cannot be written as PNG"),
+        (np.zeros((0, 8), np.uint8), "8×0 pixels cannot be written as PNG: there are none"),
         ([np.zeros((4, 4), np.uint8)], "found list: of a list, save each picture"),
     ],
 )
