@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -256,9 +257,9 @@ def compare(bundle: Bundle, backend: str, precision: str, *, side: int = 64) -> 
 
 
 def capture(network: DeviceNetwork, task: Task, *, runs: int = 5) -> Report:
-    """Of one picture: equal: whether captured steps have the bits of others. Seconds of a whole run, from x to the picture, of either
-    kind, medians; what the GPU's clock says of such a captured run; what its kernels took together, by the profiler; the run over both; and
-    the twelve kernels that took most.
+    """Of one picture: captured: whether that can be done, with warnings; equal: whether captured steps have the bits of others. Seconds of
+    a whole run, from x to the picture, of either kind, medians; what the GPU's clock says of such a captured run; what its kernels took
+    together, by the profiler; the run over both; and the twelve kernels that took most.
     """
     x, rows = task.condition(), task.rows()
 
@@ -273,7 +274,9 @@ def capture(network: DeviceNetwork, task: Task, *, runs: int = 5) -> Report:
         return ended[0].picture()
 
     captured, plain = engine(True), engine(False)
-    equal = np.array_equal(picture(captured), picture(plain))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        equal = np.array_equal(picture(captured), picture(plain))
     seconds: dict[str, list[float]] = {"captured": [], "plain": []}
     before = captured.seconds
     for _ in range(runs):
@@ -287,7 +290,9 @@ def capture(network: DeviceNetwork, task: Task, *, runs: int = 5) -> Report:
     together, most = sum(kernels.values()), sorted(kernels.items(), key=lambda one: -one[1])[:12]
     over = found["captured_s"] / together if together else None
     found |= {"gpu_s": on_gpu, "over_gpu": found["captured_s"] / on_gpu, "kernels_s": together, "over_kernels": over}
-    return {"steps": len(rows), "equal": equal, **found, "most": dict(most), "holds": equal and over is not None and over <= LOOP}
+    holds = captured.capture and equal and over is not None and over <= LOOP
+    facts = {"steps": len(rows), "captured": captured.capture, "warnings": [str(one.message) for one in said], "equal": equal}
+    return {**facts, **found, "most": dict(most), "holds": holds}
 
 
 def _kernels(run: Callable[[], object]) -> dict[str, float]:

@@ -43,9 +43,8 @@ def test_the_step_is_timed_against_a_copy_of_what_it_moves(gpu: Callable[..., An
     assert found["holds"]
 
 
-@pytest.mark.usefixtures("on_host")
-def test_pictures_and_captures_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle.open(SHIPPED)
+def test_pictures_and_captures_are_compared(on_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    made, bundle = on_host, Bundle.open(SHIPPED)
     found = report.compare(bundle, "torch", "fp32", side=8)
     assert (found["equal"], found["holds"]) == (True, True)
     assert min(found["alone_db"], found["batch_db"]) >= 60
@@ -57,7 +56,12 @@ def test_pictures_and_captures_are_compared(monkeypatch: pytest.MonkeyPatch) -> 
     for kernels, holds in (({}, False), ({"convolution": 1e3}, True), ({"convolution": 1e-9}, False)):
         monkeypatch.setattr(report, "_kernels", lambda run, kernels=kernels: kernels)
         found = report.capture(network, task, runs=1)
-        assert (found["equal"], found["holds"]) == (True, holds)
+        assert (found["captured"], found["equal"], found["holds"]) == (True, True, holds)
+    made.fail["cudaGraphInstantiate"] = "cudaErrorInvalidValue"
+    monkeypatch.setattr(report, "_kernels", lambda run: {"convolution": 1e3})
+    found = report.capture(network, task, runs=1)
+    assert (found["captured"], found["equal"], found["holds"]) == (False, True, False)
+    assert any("cudaErrorInvalidValue" in one for one in found["warnings"])
 
 
 def test_without_a_gpu_the_profiler_sees_no_kernel() -> None:

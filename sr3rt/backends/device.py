@@ -161,11 +161,11 @@ class DeviceEngine:
 
     A job with its own noise, or whose every prediction is projected, takes part by a loop on the host.
     seconds: that the GPU spent in the steps that are done, and before them in what depends on x alone.
-    capture: whether steps are captured into graphs.
+    capture: whether steps are captured into graphs; False once that has failed.
     """
 
     def __init__(self, network: DeviceNetwork, *, capacity: int, channels: int, height: int, width: int, capture: bool = True) -> None:
-        self._network, self._capacity, self._capture = network, capacity, capture
+        self._network, self._capacity, self.capture = network, capacity, capture
         self._stage = Stage(network, capacity=capacity, channels=channels, height=height, width=width)
         self._gpu, self._stream = self._stage.gpu, self._stage.stream
         self._states = Memory(self._gpu, 2 * self._stage.slots * SLOT.itemsize, "the slots")
@@ -318,7 +318,7 @@ class DeviceEngine:
         calls = tuple(self._stage.cover(count))
         if calls not in self._steppers:
             enqueue: Callable[[], None] = partial(self._stage.step, calls, self._states.address)
-            if self._capture:
+            if self.capture:
                 self._stage.step(calls, self._idle)  # libraries set themselves up in a first call, which cannot be captured
                 self._stream.wait("in the network's first call")
                 enqueue = self._captured(enqueue)
@@ -331,7 +331,7 @@ class DeviceEngine:
             return partial(Graph(self._stream, enqueue).launch, self._stream)
         except Exception as error:  # the network's own, too
             self._stream.wait("after a capture that failed")
-            self._capture = False
+            self.capture = False
             warnings.warn(
                 f"steps of {self._network.backend} in {self._network.precision} cannot be captured into a graph on {self._gpu.name}, "
                 f"and are started call by call, which is slower: {error}",
