@@ -41,7 +41,7 @@ from sr3rt.environment import describe
 from sr3rt.errors import SR3Error
 from sr3rt.noise import START, normals
 from sr3rt.samplers import Sampler, table
-from sr3rt.schedule import respace
+from sr3rt.schedule import Schedule, respace
 from sr3rt.timing import ratio
 
 Report = dict[str, Any]
@@ -95,7 +95,7 @@ def measure(
 
 
 @app.command
-def way(workload: str, backend: str, precision: str, /, *, pictures: bool = True, steps: int = 100) -> None:
+def way(workload: str, backend: str, precision: str, /, *, steps: int = 100) -> None:
     """Of one backend at a precision: print, as JSON, what it shows.
 
     Parameters
@@ -106,8 +106,6 @@ def way(workload: str, backend: str, precision: str, /, *, pictures: bool = True
         As in sr3rt.load, or torch-compiled.
     precision
         As in sr3rt.load.
-    pictures
-        Whether to compare pictures, of the model that ships.
     steps
         Of the runs that are timed.
     """
@@ -119,7 +117,7 @@ def way(workload: str, backend: str, precision: str, /, *, pictures: bool = True
         except SR3Error as error:
             print(json.dumps({"not here": str(error)}))
             return
-        if pictures and chosen.name == "shipped" and backend != COMPILED:
+        if chosen.name == "shipped" and backend != COMPILED:
             found["pictures"] = _tried(partial(compare, bundle, backend, precision))
         found["capture"] = _tried(partial(capture, network, Task(chosen, 1, steps, 0, "cuda")))
     print(json.dumps({**found, "holds": all(part["holds"] for part in found.values())}), flush=True)
@@ -219,7 +217,7 @@ def copy(*, shape: tuple[int, int, int, int] = (16, 3, 256, 256), rounds: int = 
     return {**found, "holds": all(one["holds"] for one in found.values())}
 
 
-def _schedule() -> Any:
+def _schedule() -> Schedule:
     return respace(WORKLOADS["shipped"].bundle().manifest.trained.schedule(), 100)
 
 

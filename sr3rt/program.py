@@ -79,6 +79,16 @@ def registers_read(operation: Program) -> list[str]:
     return [*operation["from"], *filter(None, [operation.get("add")])]
 
 
+def last_used(operations: Sequence[Program], kept: Iterable[str]) -> list[set[str]]:
+    """For each operation, the registers that no later one reads and that are not to be kept."""
+    found, later = list[set[str]](), {*kept}
+    for one in reversed(operations):
+        used = {*registers_read(one), one["to"]}
+        found.append(used - later)
+        later |= used
+    return found[::-1]
+
+
 def still_registers(operations: Iterable[Program]) -> set[str]:
     """Those that are made of x alone: what they hold stays the same while x does. x itself is not among them."""
     still = set[str]()

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sr3rt import safetensors  # noqa: E402
-from sr3rt.backends.torch_program import TorchProgram  # noqa: E402
+from sr3rt.backends.torch import TorchProgram  # noqa: E402
 from sr3rt.export.nets.compact import CompactConfig, CompactUNet  # noqa: E402
 from sr3rt.export.nets.janspiry import JanspiryConfig, JanspiryUNet  # noqa: E402
 from sr3rt.export.nets.paper import PRESETS, PaperConfig, PaperUNet  # noqa: E402

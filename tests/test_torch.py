@@ -22,7 +22,7 @@ import sr3rt  # noqa: E402
 from sr3rt import backends  # noqa: E402
 from sr3rt.backends import Request, cuda, load, pytorch  # noqa: E402
 from sr3rt.backends import torch as backend  # noqa: E402
-from sr3rt.backends.torch_program import TorchProgram  # noqa: E402
+from sr3rt.backends.torch import TorchProgram  # noqa: E402
 from sr3rt.bundle import PROGRAM, Bundle, write_manifest  # noqa: E402
 from sr3rt.errors import BackendError, BundleCorrupt, MissingExtra  # noqa: E402
 from sr3rt.upscaler import SHIPPED  # noqa: E402
